@@ -1,0 +1,233 @@
+"""What a user may ask for: the scenario as frozen, typed, complete data.
+
+Every default a run depends on is a default here. Unknown keys are errors. Cross-key rules live in
+``compatibility.py``; reading files, overrides and error texts in ``load.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every table of a scenario: frozen, no unknown key, no NaN, no infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class Data(Section):
+    """Where the examples come from."""
+
+    source: Literal["digits", "folder", "arrays", "torchvision"] = Field(
+        "digits", description="digits is embedded; the others read from disk"
+    )
+    path: str | None = Field(None, description="folder, .npz file, or torchvision's root folder")
+    name: str | None = Field(None, description="torchvision data set, e.g. CIFAR10")
+    subset: Literal["train", "test", "all"] = Field(
+        "train", description="which official part of a torchvision data set is federated"
+    )
+    domains: bool = Field(False, description="folder: <domain>/<class>/<image> on disk")
+    test_fraction: OpenFraction = Field(
+        0.2, description="of each client's examples, stratified; a given split column wins"
+    )
+    on_bad_file: Literal["stop", "skip"] = Field(
+        "stop", description="what to do with an image that cannot be decoded"
+    )
+    leakage: Literal["stop", "allow"] = Field(
+        "stop", description="what to do when the same image is in train and test or at two clients"
+    )
+    max_pixels: Count = Field(
+        50_000_000, description="an image that claims more is refused before it is decoded"
+    )
+
+
+class Clients(Section):
+    """How many clients there are, who holds what, and how many take part in a round."""
+
+    num: Count | None = Field(
+        None, description="clients in all; default 10, or one per domain / natural client"
+    )
+    partition: Literal[
+        "iid", "dirichlet", "shards", "quantity", "domain", "natural", "flwr_datasets"
+    ] = "iid"
+    within_domains: bool = Field(
+        False, description="deal clients to domains evenly and partition inside each"
+    )
+    alpha: Positive = Field(0.5, description="dirichlet: concentration, small = skewed")
+    shards_per_client: Count = Field(2, description="shards: label-sorted shards a client gets")
+    quantity: Literal["lognormal", "zipf"] = Field(
+        "lognormal", description="quantity: how client sizes are distributed"
+    )
+    sigma: NonNegative = Field(1.0, description="quantity = lognormal: standard deviation of log")
+    exponent: NonNegative = Field(1.0, description="quantity = zipf: size of rank r is r**-exponent")
+    min_examples: Count = Field(
+        2, description="a client with fewer examples is left out, and that is shown"
+    )
+    partitioner: str | None = Field(
+        None, description="flwr_datasets: name of its partitioner, e.g. ExponentialPartitioner"
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="flwr_datasets: the partitioner's keyword arguments"
+    )
+    fraction: Fraction = Field(1.0, description="of the clients, sampled each round")
+
+
+class Backbone(Section):
+    """The frozen trunk and how its features are made and stored."""
+
+    name: str = Field(
+        "efficientnet_lite0",
+        description="efficientnet_lite0 (embedded), a torchvision model, or identity",
+    )
+    weights: str = Field(
+        "default", description="default, none (random, from the seed), or a .safetensors/.pth path"
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = Field(
+        None, description="the weights file must have this SHA-256 (or begin with it)"
+    )
+    image_size: Annotated[int, Field(ge=8, le=2048)] | None = Field(
+        None, description="pixels; default: what the weights were trained for"
+    )
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    extraction: Literal["auto", "onnx", "torch"] = Field(
+        "auto", description="which way runs the trunk; part of the feature store's key"
+    )
+
+
+class Head(Section):
+    """What is trained on the features."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: Annotated[list[Count], Field(min_length=1, max_length=4)] = Field(
+        default=[128], description="mlp: widths of the hidden layers"
+    )
+
+
+class Training(Section):
+    """Local training at each client in each round: mini-batch SGD."""
+
+    local_epochs: Count = 5
+    batch_size: Count = 32
+    learning_rate: Positive = 0.05
+    momentum: Beta = 0.0
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["constant", "cosine", "exponential"] = Field(
+        "constant", description="of the learning rate over the rounds"
+    )
+    decay: Fraction = Field(0.99, description="schedule = exponential: factor per round")
+
+
+class StrategySection(Section):
+    """What every strategy has in common."""
+
+    weighting: Literal["examples", "uniform"] = Field(
+        "examples", description="weight of a client in every average"
+    )
+    server_learning_rate: Positive = 1.0
+
+
+class FedAvg(StrategySection):
+    """McMahan et al. 2017."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class FedProx(StrategySection):
+    """Li et al. 2020."""
+
+    name: Literal["fedprox"]
+    mu: NonNegative = 0.01
+
+
+class FedAvgM(StrategySection):
+    """Hsu et al. 2019."""
+
+    name: Literal["fedavgm"]
+    momentum: Beta = 0.9
+
+
+class Adaptive(StrategySection):
+    """Reddi et al. 2021."""
+
+    name: Literal["fedadagrad", "fedadam", "fedyogi"]
+    server_learning_rate: Positive = 0.03
+    beta_1: Beta = 0.9
+    beta_2: Beta = 0.99
+    tau: Positive = 1e-3
+
+
+Strategy = Annotated[FedAvg | FedProx | FedAvgM | Adaptive, Field(discriminator="name")]
+
+
+class Validation(Section):
+    """Which updates are refused before anything is added."""
+
+    max_norm_ratio: Positive = Field(
+        1e4, description="an update this many times longer than the cohort's median is refused"
+    )
+
+
+class Evaluation(Section):
+    """What the heads are compared with and how often they are judged."""
+
+    references: list[Literal["local_only", "centralised"]] = ["local_only", "centralised"]
+    every: Count = Field(1, description="rounds between evaluations; the last is always judged")
+    fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
+    everyone_examples: Count = Field(
+        10_000, description="at most this many test examples stand for everybody's (seeded)"
+    )
+
+
+class Engine(Section):
+    """Where clients live. No part of the answer, so no part of the scenario's hash."""
+
+    kind: Literal["local"] = "local"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = Field(None, description="default: all cores the machine allows")
+    block_size: Count | None = Field(None, description="clients handed to a thread at a time")
+
+
+class Scenario(Section):
+    """One complete question to fedtl."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Count = 20
+    data: Data = Data()
+    clients: Clients = Clients()
+    backbone: Backbone = Backbone()
+    head: Head = Head()
+    training: Training = Training()
+    strategy: Strategy = FedAvg()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+    engine: Engine = Engine()
+
+    def canonical(self) -> dict[str, Any]:
+        """What decides the answer: all but the engine; paths by their last name only.
+
+        The same scenario on another machine, in another folder or on another engine has the same
+        canonical form; the data's and weights' contents have hashes of their own.
+        """
+        content = self.model_dump(mode="json", exclude={"engine"})
+        for table, entry in (("data", "path"), ("backbone", "weights")):
+            if content[table][entry] is not None:
+                content[table][entry] = Path(content[table][entry]).name
+        return content
+
+    def hash(self) -> str:
+        """SHA-256 over the canonical form, 64 hex digits."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

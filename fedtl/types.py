@@ -1,0 +1,185 @@
+"""The data that travels between the floors: populations, plans, updates and metrics.
+
+Axes: K clients, k clients of a cohort, N examples, B batch, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+UInt64 = npt.NDArray[np.uint64]
+
+Head = Mapping[str, Float32]
+"""A head's tensors by name. Linear: ``weight`` [C, D] and ``bias`` [C]. MLP: also
+``hidden.<i>.weight`` [H, D] and ``hidden.<i>.bias`` [H] in front of them."""
+
+
+def head_bytes(head: Head) -> int:
+    """Logical payload of one head on the wire, in bytes."""
+    return sum(tensor.nbytes for tensor in head.values())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the feature matrix belong to which client (compressed sparse rows).
+
+    ``index[offsets[k]:offsets[k + 1]]`` are client k's rows; ``index`` is int64 [n], ``offsets``
+    int64 [K + 1].
+    """
+
+    index: Int64
+    offsets: Int64
+
+    @property
+    def counts(self) -> Int64:
+        """Rows per client, int64 [K]."""
+        return np.diff(self.offsets)
+
+    def of(self, client: int) -> Int64:
+        """One client's rows, int64 [n_k] (a view)."""
+        return self.index[self.offsets[client] : self.offsets[client + 1]]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's private examples as cached trunk features."""
+
+    features: npt.NDArray[np.floating]
+    labels: Int32
+    domain: str
+
+
+@dataclass(frozen=True)
+class Population:
+    """All clients of a scenario over one feature matrix, without a copy per client.
+
+    Attributes:
+        features: [N, D] float32 or float16, usually memory-mapped.
+        labels: int32 [N], in [0, C).
+        classes: C class names.
+        train, test: which rows each of the K clients trains and is judged on.
+        names: K client names.
+        domains: K domain names, one per client ("" where the data have none).
+    """
+
+    features: npt.NDArray[np.floating]
+    labels: Int32
+    classes: tuple[str, ...]
+    train: Rows
+    test: Rows
+    names: tuple[str, ...]
+    domains: tuple[str, ...]
+
+    @property
+    def num_clients(self) -> int:
+        """K."""
+        return len(self.names)
+
+    def client(self, client: int, split: str = "train") -> ClientData:
+        """One client's ``"train"`` or ``"test"`` examples (a copy)."""
+        rows = (self.train if split == "train" else self.test).of(client)
+        return ClientData(self.features[rows], self.labels[rows], self.domains[client])
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client does with the head in one round; the same for every client of the round.
+
+    ``proximal`` is FedProx's mu: the gradient gains mu * (w - w_round_start). The weight-decay
+    term is ``weight_decay * w`` on weights and biases alike, as torch.optim.SGD has it.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    proximal: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round, decided before any engine runs.
+
+    Attributes:
+        round: 1 for the first.
+        clients: sorted client ids, int64 [k].
+        batch_keys: the stream that orders each client's batches, uint64 [k].
+        training: hyper-parameters of the round.
+    """
+
+    round: int
+    clients: Int64
+    batch_keys: UInt64
+    training: LocalTraining
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """A client whose update is not in the round, and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ClientUpdates:
+    """What came back from the clients, sorted by client id, as one array per tensor.
+
+    Attributes:
+        clients: int64 [k].
+        tensors: name -> float32 [k, ...], the head after local training.
+        num_examples: int64 [k], the examples each client trained on.
+        loss: float64 [k], mean training loss over the first local epoch's batches.
+        failures: clients that were planned and are missing here.
+    """
+
+    clients: Int64
+    tensors: Mapping[str, Float32]
+    num_examples: Int64
+    loss: Float64
+    failures: tuple[ClientFailure, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClientMetrics:
+    """Sums from which every metric of a head on one split follows, one row per client.
+
+    Attributes:
+        clients: int64 [k].
+        loss_sum: float64 [k], summed cross-entropy in nats.
+        correct: int64 [k, C], right predictions by true class.
+        count: int64 [k, C], examples by true class.
+    """
+
+    clients: Int64
+    loss_sum: Float64
+    correct: Int64
+    count: Int64
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is recorded of one finished round (plain values, ready for a table)."""
+
+    round: int
+    cohort: int
+    accepted: int
+    loss: float
+    accuracy: float
+    balanced_accuracy: float
+    worst_decile_accuracy: float
+    spread: float
+    train_loss: float
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    failures: tuple[ClientFailure, ...] = field(default=())
