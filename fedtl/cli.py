@@ -1,2 +1,248 @@
-def main():
-    print("hi")
+"""The command line. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="fedtl",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tune one pretrained backbone together while every client keeps its data.",
+    epilog="Start with: fedtl run quickstart",
+)
+cache_app = typer.Typer(no_args_is_help=True, help="Look into the feature store.")
+app.add_typer(cache_app, name="cache")
+
+ScenarioName = Annotated[
+    str, typer.Argument(metavar="SCENARIO", help="A name from scenarios/ or a path to a .toml.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value; repeatable."),
+]
+EngineName = Annotated[str | None, typer.Option("--engine", help="Where clients live: local.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fedtl {version('fedtl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command; --debug is taken out of the arguments in main()."""
+
+
+@app.command()
+def run(
+    scenario: ScenarioName,
+    engine: EngineName = None,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Run this many seeds, counted up from the scenario's.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/<scenario>-<time>.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a scenario: plan, rounds, verdict."""
+    from fedtl.interrupts import Interrupts
+    from fedtl.run import new_run_path, run_scenario
+    from fedtl.scenario.load import load_scenario
+    from fedtl.terminal import Terminal, print_seeds
+
+    chosen = load_scenario(scenario, overrides or (), engine=engine)
+    path = out or new_run_path(chosen)
+    console = _console(as_json)
+    summaries: list[dict[str, Any]] = []
+    with Interrupts() as interrupts:
+        for seed in range(chosen.seed, chosen.seed + seeds):
+            one = chosen.model_copy(update={"seed": seed})
+            place = path if seeds == 1 else path / f"seed-{seed}"
+            with Terminal(console) as terminal:
+                summaries.append(run_scenario(one, place, terminal, interrupts))
+    if seeds > 1:
+        print_seeds(console, summaries)
+    if as_json:
+        typer.echo(json.dumps(summaries[0] if seeds == 1 else {"runs": summaries}, indent=2))
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name, or 'last'.")],
+    allow: Annotated[
+        bool, typer.Option("--allow", help="Go on although data or versions changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with an interrupted run from its last commit."""
+    from fedtl.interrupts import Interrupts
+    from fedtl.run import find_run, resume_run
+    from fedtl.terminal import Terminal
+
+    with Interrupts() as interrupts, Terminal(_console(as_json)) as terminal:
+        summary = resume_run(find_run(run), terminal, interrupts, allow_changes=allow)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+
+
+@app.command()
+def check(
+    scenario: ScenarioName,
+    engine: EngineName = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Validate a scenario, decode all its data and print the plan. Trains nothing."""
+    from fedtl.check import check_scenario
+    from fedtl.interrupts import Interrupts
+    from fedtl.scenario.load import load_scenario
+
+    chosen = load_scenario(scenario, overrides or (), engine=engine)
+    with Interrupts() as interrupts:
+        facts = check_scenario(chosen, _console(as_json), interrupts)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+
+
+@app.command("list")
+def list_names(as_json: AsJson = False) -> None:
+    """Show what there is to choose from."""
+    from fedtl.choices import choices
+    from fedtl.terminal import print_choices
+
+    found = choices()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_choices(_console(False), found)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say whether this machine can run fedtl, and what to mend where it cannot."""
+    from fedtl.doctor import examine
+    from fedtl.errors import EnvironmentFault
+    from fedtl.terminal import print_findings
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=2))
+    else:
+        print_findings(_console(False), findings)
+    broken = [finding.what for finding in findings if not finding.ok]
+    if broken:
+        raise EnvironmentFault(f"this machine lacks: {', '.join(broken)}", do="See the lines above")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a scenario file, for editors."""
+    from fedtl.scenario.load import json_schema
+
+    typer.echo(json_schema(), nl=False)
+
+
+@cache_app.command("ls")
+def cache_ls(as_json: AsJson = False) -> None:
+    """List the feature store's entries."""
+    from fedtl.terminal import print_entries
+    from fedtl.transfer.features import FeatureStore
+
+    store = FeatureStore()
+    entries = store.entries()
+    if as_json:
+        typer.echo(json.dumps([entry.__dict__ for entry in entries], indent=2, default=str))
+    else:
+        print_entries(_console(False), store, entries)
+
+
+@cache_app.command("rm")
+def cache_rm(
+    key: Annotated[str | None, typer.Argument(help="An entry's key, or its beginning.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
+) -> None:
+    """Remove entries of the feature store; they are rebuilt when needed."""
+    from fedtl.errors import InputError
+    from fedtl.transfer.features import FeatureStore
+
+    if (key is None) != everything:
+        raise InputError("name one entry, or --all", do="'fedtl cache ls' shows the keys")
+    removed = FeatureStore().remove(key)
+    typer.echo(f"removed {removed} entr{'y' if removed == 1 else 'ies'}")
+
+
+def _console(as_json: bool) -> Any:
+    """Where people read: standard output, or standard error while that carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=as_json, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; every expected error is one line and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(_guarded(arguments, debug))
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
+    """Exit code of a command, with its error told on standard error."""
+    import click
+
+    from fedtl.errors import EXIT_BUG, FedtlError
+
+    try:
+        result = app(arguments, prog_name="fedtl", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return int(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except FedtlError as error:
+        if debug:
+            raise
+        prefix = "stopped" if error.exit_code in (4, 130, 143) else "error"
+        typer.echo(f"{prefix}: {error.line()}", err=True)
+        return error.exit_code
+    except MemoryError:
+        if debug:
+            raise
+        typer.echo("error: out of memory. Use fewer clients per round or smaller images", err=True)
+        return 3
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(
+            f"error: this is a bug in fedtl: {type(error).__name__}: {error}. "
+            "Run again with --debug for the traceback and report it",
+            err=True,
+        )
+        return EXIT_BUG
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ Axes: K clients, k clients of a cohort, N examples, B batch, D features, C class
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,11 @@ class Population:
         """K."""
         return len(self.names)
 
+    def columns(self, clients: Int64) -> dict[str, list[str]]:
+        """The ``name`` and ``domain`` columns of a table with a row per given client."""
+        ids = clients.tolist()
+        return {"name": [self.names[i] for i in ids], "domain": [self.domains[i] for i in ids]}
+
     def client(self, client: int, split: str = "train") -> ClientData:
         """One client's ``"train"`` or ``"test"`` examples (a copy)."""
         rows = (self.train if split == "train" else self.test).of(client)
@@ -135,6 +140,7 @@ class ClientUpdates:
     """What came back from the clients, sorted by client id, as one array per tensor.
 
     Attributes:
+        round: the round they answer.
         clients: int64 [k].
         tensors: name -> float32 [k, ...], the head after local training.
         num_examples: int64 [k], the examples each client trained on.
@@ -142,6 +148,7 @@ class ClientUpdates:
         failures: clients that were planned and are missing here.
     """
 
+    round: int
     clients: Int64
     tensors: Mapping[str, Float32]
     num_examples: Int64
@@ -164,22 +171,3 @@ class ClientMetrics:
     loss_sum: Float64
     correct: Int64
     count: Int64
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What is recorded of one finished round (plain values, ready for a table)."""
-
-    round: int
-    cohort: int
-    accepted: int
-    loss: float
-    accuracy: float
-    balanced_accuracy: float
-    worst_decile_accuracy: float
-    spread: float
-    train_loss: float
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    failures: tuple[ClientFailure, ...] = field(default=())

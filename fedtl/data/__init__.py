@@ -1,0 +1,1 @@
+"""Where examples come from, who holds which, and what must not be held twice."""

@@ -1,0 +1,1 @@
+"""Metrics, references to compare with, and the verdict."""

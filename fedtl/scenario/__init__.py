@@ -1,0 +1,1 @@
+"""What a user asks for: schema, loading with every error at once, impossible combinations."""

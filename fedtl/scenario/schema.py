@@ -71,7 +71,9 @@ class Clients(Section):
         "lognormal", description="quantity: how client sizes are distributed"
     )
     sigma: NonNegative = Field(1.0, description="quantity = lognormal: standard deviation of log")
-    exponent: NonNegative = Field(1.0, description="quantity = zipf: size of rank r is r**-exponent")
+    exponent: NonNegative = Field(
+        1.0, description="quantity = zipf: size of rank r is r**-exponent"
+    )
     min_examples: Count = Field(
         2, description="a client with fewer examples is left out, and that is shown"
     )
@@ -92,7 +94,7 @@ class Backbone(Section):
         description="efficientnet_lite0 (embedded), a torchvision model, or identity",
     )
     weights: str = Field(
-        "default", description="default, none (random, from the seed), or a .safetensors/.pth path"
+        "default", description="default, none (random, seeded), or a .safetensors/.pth path"
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = Field(
         None, description="the weights file must have this SHA-256 (or begin with it)"

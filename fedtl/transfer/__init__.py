@@ -1,0 +1,1 @@
+"""Pretrained trunks, their weights, the feature store and the heads on top."""

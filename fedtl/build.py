@@ -1,0 +1,212 @@
+"""From a scenario to objects: examples, clients, features, head, strategy, engine.
+
+``open_data`` does what is quick and can fail early (read labels, deal them to clients);
+``make_federation`` makes features, through the trunk or from the store, and everything on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl import machine
+from fedtl.data.clients import ClientSplit, split_clients
+from fedtl.data.examples import Examples
+from fedtl.data.leakage import LeakReport, check_leaks, content_hashes, find_leaks
+from fedtl.data.partitions import assign_clients
+from fedtl.data.sources import load_examples
+from fedtl.engines import Engine, LocalEngine
+from fedtl.errors import EnvironmentFault, InputError
+from fedtl.rounds import Federation
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import make_strategy
+from fedtl.transfer.backbones import Backbone, open_backbone
+from fedtl.transfer.features import FeatureStore
+from fedtl.transfer.heads import initial_head
+from fedtl.types import Population
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ExtractionProgress = Callable[[int, int], None]
+"""Called with images done and images in all."""
+
+ENGINES: dict[str, Callable[[Scenario, Population], Engine]] = {
+    "local": lambda scenario, population: LocalEngine(
+        population,
+        allowed_threads(scenario),
+        resolve_device(scenario),
+        scenario.engine.block_size,
+    ),
+}
+"""How each engine a scenario can name is made."""
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """A scenario's data before the trunk has seen them."""
+
+    scenario: Scenario
+    examples: Examples
+    split: ClientSplit
+    backbone: Backbone
+
+
+@dataclass(frozen=True)
+class ReadyFeatures:
+    """Features of all examples in use, and what is worth telling about them."""
+
+    matrix: npt.NDArray[np.floating[Any]]
+    content: npt.NDArray[np.uint8]
+    examples: Examples
+    split: ClientSplit
+    facts: Mapping[str, Any]
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A federation ready to run, with what was found on the way."""
+
+    federation: Federation
+    leaks: LeakReport
+    features: ReadyFeatures
+
+
+def allowed_threads(scenario: Scenario) -> int:
+    """Threads to use: what the scenario asks for, else all cores the machine allows."""
+    return scenario.engine.threads or machine.allowed_cores()
+
+
+def resolve_device(scenario: Scenario) -> str:
+    """ "cpu" or "cuda". Raises EnvironmentFault when cuda is asked for and not there."""
+    wanted = scenario.engine.device
+    if wanted == "cpu" or not (machine.gpu_present() or wanted == "cuda"):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise EnvironmentFault(
+            "no usable GPU", where="engine.device", got='"cuda"', do='Use engine.device = "auto"'
+        )
+    return "cpu"
+
+
+def open_data(scenario: Scenario) -> OpenedData:
+    """Read the examples, deal them to clients and locate the backbone; no trunk runs yet.
+
+    Raises:
+        InputError: the data or weights are missing, broken, or do not fit the scenario.
+    """
+    examples = load_examples(scenario.data)
+    if examples.features is not None and scenario.backbone.name != "identity":
+        raise InputError(
+            "the data are features already, and a backbone takes images",
+            where="backbone.name",
+            got=repr(scenario.backbone.name),
+            allowed='"identity"',
+            do='Set backbone.name = "identity", or give x as uint8 images',
+        )
+    if examples.images is not None and scenario.backbone.name == "identity":
+        raise InputError(
+            '"identity" takes ready features, and the data are images',
+            where="backbone.name",
+            do='Use a pretrained backbone, e.g. "efficientnet_lite0", or give x as floats [n, d]',
+        )
+    backbone = open_backbone(scenario.backbone, scenario.seed)
+    return OpenedData(scenario, examples, _deal(scenario, examples), backbone)
+
+
+def _deal(scenario: Scenario, examples: Examples) -> ClientSplit:
+    assignment = assign_clients(examples, scenario.clients, scenario.seed)
+    return split_clients(
+        assignment, examples, scenario.clients, scenario.data.test_fraction, scenario.seed
+    )
+
+
+def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
+    """Every example's features: from the store, through the trunk, or as they came."""
+    scenario, examples, section = opened.scenario, opened.examples, opened.scenario.backbone
+    if examples.images is None:
+        matrix = np.asarray(examples.features)
+        if section.feature_dtype == "float16":
+            matrix = matrix.astype(np.float16)
+        facts = {"cached": True, "way": "identity", "num_bytes": int(matrix.nbytes)}
+        content = content_hashes(np.asarray(examples.features))
+        return ReadyFeatures(matrix, content, examples, opened.split, facts, 0.0, examples.notes)
+    stored = FeatureStore().features(
+        opened.backbone,
+        examples.images,
+        examples.fingerprint,
+        dtype=section.feature_dtype,
+        way=section.extraction,
+        on_bad_file=scenario.data.on_bad_file,
+        threads=allowed_threads(scenario),
+        progress=progress,
+    )
+    split = opened.split
+    if len(stored.kept) < len(examples):
+        examples = examples.subset(stored.kept)
+        split = _deal(scenario, examples)
+    facts = {"cached": stored.cached, "way": stored.way, "num_bytes": stored.num_bytes}
+    notes = (*examples.notes, *stored.notes)
+    return ReadyFeatures(
+        stored.matrix, stored.content, examples, split, facts, stored.seconds, notes
+    )
+
+
+def make_federation(opened: OpenedData, progress: ExtractionProgress | None = None) -> Built:
+    """Features, population, head, strategy and engine of a scenario.
+
+    Raises:
+        InputError: unreadable images, or the same image where it must not be.
+        EnvironmentFault: no room for the features, no GPU where one is asked for.
+    """
+    scenario = opened.scenario
+    features = make_features(opened, progress)
+    split, examples = features.split, features.examples
+    leaks = find_leaks(features.content, split, examples)
+    check_leaks(leaks, scenario.data.leakage)
+    population = Population(
+        features.matrix,
+        examples.labels,
+        examples.classes,
+        split.train,
+        split.test,
+        split.names,
+        split.domains,
+    )
+    head = initial_head(
+        scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
+    )
+    identity = {
+        "scenario_hash": scenario.hash(),
+        "data_fingerprint": examples.fingerprint,
+        "weights_sha256": opened.backbone.weights_hash,
+        "extraction": features.facts["way"],
+        "versions": machine.versions(),
+    }
+    federation = Federation(
+        scenario,
+        population,
+        head,
+        make_strategy(scenario.strategy),
+        ENGINES[scenario.engine.kind](scenario, population),
+        identity,
+    )
+    return Built(federation, leaks, replace(features, notes=(*features.notes, *_left_out(split))))
+
+
+def _left_out(split: ClientSplit) -> list[str]:
+    if not split.excluded:
+        return []
+    shown = ", ".join(f"{name} ({examples})" for name, examples in split.excluded[:5])
+    more = f" and {len(split.excluded) - 5} more" if len(split.excluded) > 5 else ""
+    return [f"{len(split.excluded)} clients have too few examples and are left out: {shown}{more}"]

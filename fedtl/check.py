@@ -1,0 +1,108 @@
+"""``fedtl check``: everything that can go wrong before training, found before training."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedtl.build import OpenedData, allowed_threads, open_data
+from fedtl.data.clients import ClientSplit
+from fedtl.data.examples import BadImage, Images
+from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
+from fedtl.errors import InputError
+from fedtl.forecast import forecast
+from fedtl.interrupts import Interrupts
+from fedtl.scenario.schema import Scenario
+from fedtl.terminal import plain_table, plan_table
+from fedtl.types import Int32
+
+SHOWN_CLIENTS = 20
+SHOWN_CLASSES = 12
+DECODED_AT_A_TIME = 256
+
+
+def check_scenario(scenario: Scenario, console: Console, interrupts: Interrupts) -> dict[str, Any]:
+    """Decode all data, look for leaks, show who has what and what a run will cost.
+
+    Returns:
+        The plan as JSON values.
+
+    Raises:
+        InputError: as a run would, for the first stage that fails.
+    """
+    opened = open_data(scenario)
+    examples = opened.examples
+    if examples.images is None:
+        content = content_hashes(np.asarray(examples.features))
+    else:
+        content, bad = _decode_all(opened, interrupts)
+        if bad and scenario.data.on_bad_file == "stop":
+            shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise InputError(
+                f"{len(bad)} of {len(examples)} images cannot be used: {shown}",
+                where="data",
+                do="Mend or remove them, or go without with --set data.on_bad_file=skip",
+            )
+        for line in bad[:5]:
+            console.print(f"[yellow]left out[/] {escape(line)}")
+    check_leaks(find_leaks(content, opened.split, examples), scenario.data.leakage)
+    plan = forecast(opened)
+    console.print(plan_table(opened, plan))
+    console.print()
+    console.print(class_table(opened.split, examples.labels, examples.classes))
+    for note in examples.notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    for name, count in opened.split.excluded[:5]:
+        console.print(f"[yellow]left out[/] {escape(name)}: only {count} examples")
+    console.print(f"\nAll good. Next: fedtl run {escape(scenario.name)}")
+    return {"scenario_hash": scenario.hash(), **asdict(plan)}
+
+
+def class_table(split: ClientSplit, labels: Int32, classes: tuple[str, ...]) -> Table:
+    """Examples per client and class, training and test together."""
+    shown = classes[:SHOWN_CLASSES]
+    more = len(classes) - len(shown)
+    table = plain_table("client", "examples", *map(escape, shown), *([f"+{more}"] if more else []))
+    for client in range(min(len(split.names), SHOWN_CLIENTS)):
+        rows = np.concatenate([split.train.of(client), split.test.of(client)])
+        counts = np.bincount(labels[rows], minlength=len(classes))
+        cells = [str(n) if n else "." for n in counts[: len(shown)].tolist()]
+        rest = [str(int(counts[len(shown) :].sum()))] if more else []
+        table.add_row(escape(split.names[client]), str(len(rows)), *cells, *rest)
+    if len(split.names) > SHOWN_CLIENTS:
+        table.add_row(f"and {len(split.names) - SHOWN_CLIENTS} more")
+    return table
+
+
+def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, list[str]]:
+    """Content hashes of all images, zeros for bad ones, and a line per bad one."""
+    images = opened.examples.images
+    assert images is not None
+    content = np.zeros((len(images), 16), np.uint8)
+    bad: list[str] = []
+    with ThreadPoolExecutor(allowed_threads(opened.scenario)) as pool:
+        for start in range(0, len(images), DECODED_AT_A_TIME):
+            interrupts.check("interrupted while decoding")
+            chunk = range(start, min(start + DECODED_AT_A_TIME, len(images)))
+            for i, found in zip(chunk, pool.map(lambda i: _hash(images, i), chunk), strict=True):
+                if isinstance(found, str):
+                    bad.append(found)
+                    content[i] = np.frombuffer(f"bad{i:013d}".encode(), np.uint8)
+                else:
+                    content[i] = found
+    return content, bad
+
+
+def _hash(images: Images, i: int) -> Any:
+    from fedtl.transfer.features import content_hash
+
+    try:
+        return content_hash(images.load(i))
+    except BadImage as error:
+        return f"{error.where}: {error.reason}"

@@ -1,0 +1,31 @@
+"""Everything a scenario can name, for ``fedtl list``."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from fedtl.scenario import schema
+from fedtl.scenario.load import list_scenarios, strategy_names
+
+
+def choices() -> dict[str, list[str]]:
+    """Names by kind. Backbones and data sets of torchvision are read from torchvision itself."""
+    from fedtl.data.torchvision_sets import dataset_names
+    from fedtl.transfer.backbones import names as backbone_names
+
+    return {
+        "scenarios": list(list_scenarios()),
+        "data sources": _literal(schema.Data, "source"),
+        "torchvision data sets": list(dataset_names()),
+        "partitions": _literal(schema.Clients, "partition"),
+        "backbones": list(backbone_names()),
+        "heads": _literal(schema.Head, "kind"),
+        "schedules": _literal(schema.Training, "schedule"),
+        "strategies": strategy_names(),
+        "engines": _literal(schema.Engine, "kind"),
+        "references": ["local_only", "centralised"],
+    }
+
+
+def _literal(section: type[schema.Section], key: str) -> list[str]:
+    return [str(name) for name in get_args(section.model_fields[key].annotation)]

@@ -1,0 +1,164 @@
+"""Local training of a cohort: the one entry for every engine.
+
+A linear head on the CPU goes to the fused kernel, everything else to the batched torch path. Both
+are FedAvg's ClientUpdate (McMahan et al. 2017, algorithm 1) with momentum, weight decay and
+FedProx's proximal term (Li et al. 2020, equation 2), and use batches in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedtl.clients.blocks import block_rows, frozen, run_blocks
+from fedtl.errors import InputError
+from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population, RoundPlan
+
+LINEAR = frozenset({"weight", "bias"})
+
+
+def train_clients(
+    population: Population,
+    head: Head,
+    plan: RoundPlan,
+    *,
+    threads: int = 1,
+    device: str = "cpu",
+    block_size: int | None = None,
+    initial: Mapping[str, Float32] | None = None,
+) -> ClientUpdates:
+    """Train every client of the plan on its own rows.
+
+    Args:
+        population: the clients' data; ``features`` may be float32 or float16, memory-mapped,
+            read-only.
+        head: where all clients start (linear, or MLP with ``hidden.<i>``).
+        plan: who trains, in which batch order, with which hyper-parameters.
+        threads: CPU threads; the result does not depend on it.
+        device: "cpu" or a torch device such as "cuda".
+        block_size: clients in one call of the kernel; the result does not depend on it.
+        initial: name -> [k, ...], a start of its own for each client instead of ``head``.
+
+    Returns:
+        One update per planned client. A client without training rows returns its start, with
+        ``num_examples`` 0 and loss NaN. A NaN among the features or weights survives to the result.
+
+    Raises:
+        InputError: shapes, ids or hyper-parameters that do not fit together.
+    """
+    check_plan(population, plan)
+    starts = check_heads(population, head, initial, len(plan.clients))
+    if set(head) == LINEAR and device == "cpu":
+        return _train_linear(population, starts, plan, threads, block_size)
+    from fedtl.clients.batched import train_batched
+
+    return train_batched(population, starts, plan, threads=threads, device=device)
+
+
+def _train_linear(
+    population: Population, starts: Head, plan: RoundPlan, threads: int, block_size: int | None
+) -> ClientUpdates:
+    from fedtl.clients.kernel import EVERYTHING_FINE, train_block
+
+    clients, own = plan.clients, plan.training
+    num, (num_classes, width) = len(clients), starts["weight"].shape[1:]
+    weights, biases = (frozen(starts[name], np.float32) for name in ("weight", "bias"))
+    keys = np.ascontiguousarray(plan.batch_keys, dtype=np.uint64)
+    out_weights = np.empty((num, num_classes, width), dtype=np.float32)
+    out_biases = np.empty((num, num_classes), dtype=np.float32)
+    loss = np.empty(num, dtype=np.float64)
+    rates = [
+        np.float32(rate)
+        for rate in (own.learning_rate, own.momentum, own.weight_decay, own.proximal)
+    ]
+
+    def work(first: int, stop: int) -> None:
+        rows = block_rows(
+            population.features,
+            population.labels,
+            [population.train.of(client) for client in clients[first:stop].tolist()],
+        )
+        part = slice(first, stop) if len(weights) > 1 else slice(None)
+        bad = train_block(
+            rows.features, rows.labels, rows.index, rows.starts, rows.stops, keys[first:stop],
+            weights[part], biases[part], own.epochs, own.batch_size, *rates,
+            out_weights[first:stop], out_biases[first:stop], loss[first:stop],
+        )  # fmt: skip
+        if bad != EVERYTHING_FINE:
+            raise label_error(population, int(clients[first + bad]), num_classes)
+
+    run_blocks(work, num, threads=threads, block_size=block_size)
+    return ClientUpdates(
+        clients=clients,
+        tensors={"weight": out_weights, "bias": out_biases},
+        num_examples=population.train.counts[clients],
+        loss=loss,
+    )
+
+
+def label_error(population: Population, client: int, num_classes: int) -> InputError:
+    """The error for a client whose labels the head has no output for."""
+    return InputError(
+        "labels outside the head's classes",
+        where=f"client {client} ({population.names[client]})",
+        allowed=f"0 to {num_classes - 1}",
+    )
+
+
+def check_plan(population: Population, plan: RoundPlan) -> None:
+    """Raise InputError for a plan that this population cannot carry out."""
+    check_clients(population, plan.clients)
+    if len(plan.batch_keys) != len(plan.clients):
+        raise InputError(
+            "a plan needs one batch key per client",
+            where=f"round {plan.round}",
+            got=len(plan.batch_keys),
+            allowed=len(plan.clients),
+        )
+    _check_training(plan.training)
+
+
+def _check_training(training: LocalTraining) -> None:
+    for name, least in (("epochs", 0), ("batch_size", 1)):
+        if getattr(training, name) < least:
+            raise InputError(
+                f"training.{name} must be at least {least}", got=getattr(training, name)
+            )
+
+
+def check_clients(population: Population, clients: np.typing.NDArray[np.int64]) -> None:
+    """Raise InputError for client ids that the population does not have."""
+    if len(clients) and (clients.min() < 0 or clients.max() >= population.num_clients):
+        raise InputError(
+            "unknown client id",
+            got=f"{clients.min()} to {clients.max()}",
+            allowed=f"0 to {population.num_clients - 1}",
+        )
+
+
+def check_heads(
+    population: Population, head: Head, initial: Head | None, num_clients: int
+) -> dict[str, Float32]:
+    """The starts as name -> [1 or k, ...], once every shape is known to fit.
+
+    Raises:
+        InputError: a head that does not fit the features, or an ``initial`` that does not fit it.
+    """
+    width = population.features.shape[1]
+    first = head["hidden.0.weight" if "hidden.0.weight" in head else "weight"]
+    if first.ndim != 2 or first.shape[1] != width:
+        raise InputError(
+            "the head does not fit the features", got=f"shape {first.shape}", allowed=f"[C, {width}]"
+        )
+    if initial is None:
+        return {name: np.asarray(tensor)[None] for name, tensor in head.items()}
+    for name, tensor in head.items():
+        allowed = (num_clients, *tensor.shape)
+        if name not in initial or initial[name].shape != allowed:
+            raise InputError(
+                f"the clients' own starts lack a fitting {name!r}",
+                got=initial[name].shape if name in initial else None,
+                allowed=allowed,
+            )
+    return {name: initial[name] for name in head}

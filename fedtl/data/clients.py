@@ -1,0 +1,121 @@
+"""Each client's training and test rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl import seeding
+from fedtl.data.examples import Examples
+from fedtl.data.partitions import Assignment
+from fedtl.errors import InputError
+from fedtl.scenario.schema import Clients
+from fedtl.types import Int32, Int64, Rows
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ClientSplit:
+    """What every client trains and is judged on; rows ascend within a client.
+
+    Attributes:
+        train, test: rows of each of the K clients that stay; disjoint.
+        names, domains: one each per client.
+        excluded: (name, examples) of the clients that were left out.
+    """
+
+    train: Rows
+    test: Rows
+    names: tuple[str, ...]
+    domains: tuple[str, ...]
+    excluded: tuple[tuple[str, int], ...] = ()
+
+
+def split_clients(
+    assignment: Assignment, examples: Examples, clients: Clients, test_fraction: float, seed: int
+) -> ClientSplit:
+    """Split every client's rows into training and test, and leave out clients too small to use.
+
+    Args:
+        assignment: who holds what.
+        examples: their own split, if they have one, is used as it is.
+        clients: ``min_examples`` is the fewest a client may hold.
+        test_fraction: of each client's rows, in (0, 1), stratified by class.
+        seed: the scenario's.
+
+    Returns:
+        The clients that stay, renumbered from 0 in the old order.
+
+    Raises:
+        InputError: no client stays.
+    """
+    num = len(assignment.names)
+    held = np.bincount(assignment.client, minlength=num)
+    if examples.is_test is not None:
+        is_test = examples.is_test
+    else:
+        is_test = stratified_test(assignment.client, num, examples.labels, test_fraction, seed)
+    trains = np.bincount(assignment.client[~is_test], minlength=num)
+    stays = (held >= clients.min_examples) & (trains > 0)
+    if not stays.any():
+        raise InputError(
+            "no client has enough examples to train on",
+            where="clients",
+            got=f"{num} clients, the largest with {held.max()} examples",
+            allowed=f"at least {clients.min_examples} examples (clients.min_examples)"
+            + (", one of them for training" if examples.is_test is not None else ""),
+            do="Use fewer clients, or a smaller clients.min_examples",
+        )
+    excluded = np.flatnonzero(~stays).tolist()
+    kept = np.flatnonzero(stays).tolist()
+    return ClientSplit(
+        train=rows_by_client(assignment.client, stays, ~is_test),
+        test=rows_by_client(assignment.client, stays, is_test),
+        names=tuple(assignment.names[k] for k in kept),
+        domains=tuple(assignment.domains[k] for k in kept),
+        excluded=tuple((assignment.names[k], int(held[k])) for k in excluded),
+    )
+
+
+def stratified_test(
+    client: Int32, num: int, labels: Int32, test_fraction: float, seed: int
+) -> Mask:
+    """Which rows are test rows, bool [N], without a loop over rows or clients.
+
+    Rows are sorted by client and class, in random order within both, and sampled systematically:
+    at every 1/f-th place, from a random start for each client. A run of m rows then gets
+    floor(f m) or ceil(f m) test rows, and every client and every class of a client is a run.
+    A client of two rows or more has one of each kind at least; a single row is for training.
+    """
+    generator = seeding.generator(seed, "split")
+    held = np.bincount(client, minlength=num)
+    first = np.cumsum(held) - held
+    order = generator.permutation(len(client))
+    classes = int(labels.max(initial=0)) + 1
+    order = order[np.argsort(client[order] * np.int64(classes) + labels[order], kind="stable")]
+    start = generator.random(num)
+    owner = client[order]
+    place = np.arange(len(order)) - first[owner]
+    # The product is rounded the same way for the end of one row and the start of the next, so
+    # each step is 0 or 1 and the steps add up.
+    chosen = np.floor((place + 1) * test_fraction + start[owner]) > np.floor(
+        place * test_fraction + start[owner]
+    )
+    tests = np.bincount(owner[chosen], minlength=num)
+    lucky = first + (generator.random(num) * held).astype(np.int64)
+    chosen[lucky[(tests == 0) & (held >= 2)]] = True
+    chosen[lucky[(tests == held) & (held >= 1)]] = False
+    is_test = np.empty(len(client), dtype=np.bool_)
+    is_test[order] = chosen
+    return is_test
+
+
+def rows_by_client(client: Int32, stays: Mask, wanted: Mask) -> Rows:
+    """The wanted rows of the clients that stay, ascending within each client."""
+    rows: Int64 = np.flatnonzero(wanted & stays[client])
+    rows = rows[np.argsort(client[rows], kind="stable")]
+    counts = np.bincount(client[rows], minlength=len(stays))[stays]
+    return Rows(rows, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))

@@ -1,0 +1,183 @@
+"""Labelled examples of one data source, before anybody is told which client holds what."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.errors import InputError
+from fedtl.types import Float32, Int32, Int64
+
+Pixels = npt.NDArray[np.uint8]
+"""One image, [h, w, 3] RGB, 0 to 255."""
+
+
+class BadImage(Exception):
+    """One image that cannot be used: where it is and why, in one line."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where, self.reason = where, reason
+        super().__init__(f"{where}: {reason}")
+
+
+class Images(Protocol):
+    """Images that are decoded one at a time, from any thread."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, i: int) -> Pixels:
+        """Image ``i``, uint8 [h, w, 3] RGB, fully decoded; raises BadImage."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Image ``i`` for messages: its path inside the data folder, or ``"row 17"``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a source holds: labels, and either images or ready features.
+
+    Attributes:
+        labels: int32 [N], in [0, C).
+        classes: C class names; a class may have no example.
+        fingerprint: hex BLAKE2b over content, labels, classes, domains, clients and split.
+        images, features: exactly one of the two; features are float32 [N, D], all finite.
+        domains: int32 [N] into ``domain_names``, or None.
+        clients: natural clients, int32 [N] into ``client_names``, or None.
+        is_test: the split that came with the data, bool [N], or None.
+        notes: what the loader left out, one line each, to be shown to the user.
+    """
+
+    labels: Int32
+    classes: tuple[str, ...]
+    fingerprint: str
+    images: Images | None = None
+    features: Float32 | None = None
+    domains: Int32 | None = None
+    domain_names: tuple[str, ...] = ()
+    clients: Int32 | None = None
+    client_names: tuple[str, ...] = ()
+    is_test: npt.NDArray[np.bool_] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.features is None):
+            raise ValueError("examples have images or features, exactly one of the two")
+        content = self.features if self.images is None else self.images
+        columns = [self.labels, content, self.domains, self.clients, self.is_test]
+        lengths = {len(column) for column in columns if column is not None}
+        if len(lengths) > 1:
+            raise ValueError(f"columns of examples differ in length: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def where(self, i: int) -> str:
+        """Example ``i`` for messages."""
+        return f"row {i}" if self.images is None else self.images.where(i)
+
+    def subset(self, keep: Int64) -> Examples:
+        """The examples ``keep``, int64 [n] in ascending order; names of classes all stay."""
+        keep = np.asarray(keep, dtype=np.int64)
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=32)
+        digest.update(np.ascontiguousarray(keep).astype("<i8").tobytes())
+        return dataclasses.replace(
+            self,
+            labels=self.labels[keep],
+            fingerprint=digest.hexdigest(),
+            images=None if self.images is None else ChosenImages(self.images, keep),
+            features=None if self.features is None else self.features[keep],
+            domains=None if self.domains is None else self.domains[keep],
+            clients=None if self.clients is None else self.clients[keep],
+            is_test=None if self.is_test is None else self.is_test[keep],
+        )
+
+
+class ChosenImages:
+    """Some of other images, renumbered."""
+
+    def __init__(self, images: Images, keep: Int64) -> None:
+        self._images, self._keep = images, keep
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def load(self, i: int) -> Pixels:
+        """Image ``i`` of the chosen ones."""
+        return self._images.load(int(self._keep[i]))
+
+    def where(self, i: int) -> str:
+        """Where the chosen image lies in the whole source."""
+        return self._images.where(int(self._keep[i]))
+
+
+class ArrayImages:
+    """Images that are already in memory as one array, uint8 [n, h, w] or [n, h, w, 1 or 3]."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def load(self, i: int) -> Pixels:
+        """Image ``i``; grey is repeated into three channels."""
+        image = self._pixels[i]
+        if image.ndim == 2:
+            image = image[:, :, None]
+        return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+    def where(self, i: int) -> str:
+        """The row of the array."""
+        return f"row {i}"
+
+
+def content_fingerprint(
+    content: bytes,
+    labels: Int32,
+    classes: Sequence[str],
+    *columns: npt.NDArray[np.generic] | Sequence[str] | None,
+) -> str:
+    """Hex BLAKE2b-256 that stands for a whole source: the feature store is keyed by it.
+
+    Args:
+        content: a digest of all pixels, file bytes or features.
+        labels: int32 [N].
+        classes: class names.
+        columns: domains, domain names, clients, client names, split, in that order.
+    """
+    digest = hashlib.blake2b(digest_size=32, person=b"fedtl-examples")
+    for part in (content, labels, classes, *columns):
+        if part is None:
+            data = b"none"
+        elif isinstance(part, bytes):
+            data = part
+        elif isinstance(part, np.ndarray):
+            data = f"{part.dtype.str}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
+        else:
+            data = "\0".join(part).encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def array_digest(array: npt.NDArray[np.generic]) -> bytes:
+    """BLAKE2b-256 over dtype, shape and values of one array."""
+    digest = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=32)
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def data_problems(where: str, problems: Sequence[str], do: str | None = None) -> InputError:
+    """All problems with one source in one error: the first five, and how many there are."""
+    if len(problems) == 1:
+        return InputError(problems[0], where=where, do=do)
+    lines = "".join(f"\n  {problem}" for problem in problems[:5])
+    more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return InputError(f"{len(problems)} problems with these data:{lines}{more}", where=where, do=do)

@@ -1,0 +1,181 @@
+"""A folder of images: ``<class>/<image>`` or ``<domain>/<class>/<image>``, or a zip of one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from fedtl.data.examples import Examples, content_fingerprint, data_problems
+from fedtl.data.files import Files, open_files
+from fedtl.data.images import EXTENSIONS, FileImages, printable
+from fedtl.errors import InputError
+from fedtl.scenario.schema import Data
+
+TYPO_RATIO = 0.85
+"""difflib's similarity from which two class names that never meet in a domain look like one."""
+
+
+def load_folder(data: Data) -> Examples:
+    """Images in class folders; files are sorted by path, classes are the union over domains.
+
+    Hidden files are passed over, files without a known image extension too, but they are counted
+    in the notes. The fingerprint is over the bytes of every image and its path.
+
+    Raises:
+        InputError: nothing there, or every problem with the layout at once.
+        SecurityRefusal: a link or a member of the archive leads outside.
+    """
+    if data.path is None:
+        raise InputError("missing", where="data.path", do="Name the folder of class folders")
+    files = open_files(Path(data.path))
+    paths = [path for path in files.paths if path.lower().endswith(EXTENSIONS)]
+    others = len(files.paths) - len(paths)
+    paths.sort(key=lambda path: (unicodedata.normalize("NFC", path), path))
+    problems = layout_problems(paths, files.folders, data.domains)
+    if problems:
+        raise data_problems(str(files.root), problems)
+    digests, unreadable = hash_files(files, paths)
+    if unreadable and data.on_bad_file == "stop":
+        lines = [f"{printable(path)}: cannot be read: {why}" for path, why in unreadable.items()]
+        raise data_problems(str(files.root), lines, "Mend them, or use --set data.on_bad_file=skip")
+    paths = [path for path in paths if path not in unreadable]
+    if not paths:
+        raise InputError("no image can be read", where=str(files.root))
+    notes = []
+    if others:
+        notes.append(f"{others} files without a known image extension were passed over")
+    if unreadable:
+        notes.append(f"{len(unreadable)} unreadable files were skipped")
+    return build_examples(files, paths, digests, data, tuple(notes))
+
+
+def build_examples(
+    files: Files, paths: list[str], digests: bytes, data: Data, notes: tuple[str, ...]
+) -> Examples:
+    """Labels and domains from the paths of the images."""
+    folders = [unicodedata.normalize("NFC", path).split("/")[:-1] for path in paths]
+    classes = tuple(sorted({parts[-1] for parts in folders}))
+    label_of = {name: i for i, name in enumerate(classes)}
+    labels = np.array([label_of[parts[-1]] for parts in folders], dtype=np.int32)
+    domains, domain_names = None, tuple[str, ...]()
+    if data.domains:
+        domain_names = tuple(sorted({parts[0] for parts in folders}))
+        domain_of = {name: i for i, name in enumerate(domain_names)}
+        domains = np.array([domain_of[parts[0]] for parts in folders], dtype=np.int32)
+    fingerprint = content_fingerprint(digests, labels, classes, domains, domain_names)
+    images = FileImages(files, paths, data.max_pixels)
+    return Examples(
+        labels,
+        classes,
+        fingerprint,
+        images,
+        domains=domains,
+        domain_names=domain_names,
+        notes=notes,
+    )
+
+
+def hash_files(files: Files, paths: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """One digest over all paths and contents, and why some files cannot be read."""
+
+    def digest(path: str) -> bytes | str:
+        try:
+            return hashlib.blake2b(files.read(path), digest_size=32).digest()
+        except OSError as error:
+            return error.strerror or str(error)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, paths))
+    whole = hashlib.blake2b(digest_size=32)
+    unreadable = {}
+    for path, result in zip(paths, digests, strict=True):
+        if isinstance(result, str):
+            unreadable[path] = result
+        else:
+            name = unicodedata.normalize("NFC", path).encode("utf-8", "surrogateescape")
+            whole.update(len(name).to_bytes(4, "little") + name + result)
+    return whole.digest(), unreadable
+
+
+def layout_problems(paths: Sequence[str], folders: Iterable[str], with_domains: bool) -> list[str]:
+    """Everything wrong with where the images lie; empty where all is well."""
+    depth = 2 if with_domains else 1
+    form = "<domain>/<class>/<image>" if with_domains else "<class>/<image>"
+    if not paths:
+        return [f"no image in it ({form} with {' '.join(EXTENSIONS)})"]
+    astray = [path for path in paths if path.count("/") != depth]
+    if len(astray) == len(paths):
+        other = {3 - depth} == {path.count("/") for path in paths}
+        switch = f"; try --set data.domains={str(not with_domains).lower()}" if other else ""
+        return [f"no image lies as {form}, but e.g. as {printable(astray[0])}{switch}"]
+    problems = []
+    if astray:
+        problems.append(f"{len(astray)} images do not lie as {form}: {_some(astray)}")
+    used = {path.rpartition("/")[0] for path in paths}
+    empty = [folder for folder in folders if folder.count("/") == depth - 1 and folder not in used]
+    if with_domains:
+        owners = {folder.partition("/")[0] for folder in folders if "/" in folder}
+        empty += [folder for folder in folders if "/" not in folder and folder not in owners]
+    if empty:
+        problems.append(f"folders without an image: {_some(sorted(empty))}")
+    held: dict[str, set[str]] = defaultdict(set)
+    for folder in sorted(used):
+        if folder.count("/") == depth - 1:
+            held[folder.rpartition("/")[2]].add(folder.rpartition("/")[0])
+    if len(held) < 2:
+        problems.append(f"only one class ({_some(held)}); a classifier needs two")
+    problems += clashes("class", held)
+    if with_domains:
+        problems += clashes("domain", {folder.partition("/")[0] for folder in used})
+        problems += typos(held)
+    return problems
+
+
+def clashes(kind: str, names: Iterable[str]) -> list[str]:
+    """Names that differ only in case or in how accents are encoded."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[unicodedata.normalize("NFC", name).casefold()].append(name)
+    return [
+        f"{kind} folders that differ only in case or accent encoding: "
+        + " / ".join(ascii(name) for name in sorted(group))
+        for group in alike.values()
+        if len(group) > 1
+    ]
+
+
+def typos(held: Mapping[str, set[str]]) -> list[str]:
+    """Class names that never meet in a domain and are nearly the same: probably one class.
+
+    Classes that some domain lacks are label skew and fine; names that differ only in digits are
+    not taken for typos.
+    """
+    everywhere = set[str]().union(*held.values())
+    partial = [name for name, domains in held.items() if domains != everywhere]
+    partial.sort(key=lambda name: (-len(held[name]), name))
+    problems = []
+    for i, right in enumerate(partial):
+        for wrong in partial[i + 1 :]:
+            if held[right] & held[wrong] or re.sub(r"\d", "", right) == re.sub(r"\d", "", wrong):
+                continue
+            if difflib.SequenceMatcher(None, right, wrong).ratio() >= TYPO_RATIO:
+                problems.append(
+                    f"class {wrong!r} is only in {_some(sorted(held[wrong]))} and {right!r} only in "
+                    f"{_some(sorted(held[right]))}: did you mean {right!r}?"
+                )
+    return problems
+
+
+def _some(paths: Iterable[str]) -> str:
+    """The first five, and how many there are."""
+    shown = [printable(path) for path in paths]
+    return ", ".join(shown[:5]) + (f", ... ({len(shown)} in all)" if len(shown) > 5 else "")

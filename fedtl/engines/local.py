@@ -1,0 +1,49 @@
+"""Clients in this process: no server, no start-up, all cores through the kernel's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtl.clients.evaluation import evaluate_clients
+from fedtl.clients.training import train_clients
+from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, Population, RoundPlan
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """All clients of a population, trained block by block in this process.
+
+    Attributes:
+        population: who holds what.
+        threads: how many clients train at the same time.
+        device: "cpu" or "cuda".
+        block_size: clients handed to a thread at a time; None lets the kernel choose.
+    """
+
+    population: Population
+    threads: int
+    device: str = "cpu"
+    block_size: int | None = None
+
+    def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
+        """One reply that holds the whole cohort."""
+        return [
+            train_clients(
+                self.population,
+                head,
+                plan,
+                threads=self.threads,
+                device=self.device,
+                block_size=self.block_size,
+            )
+        ]
+
+    def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
+        """Each client's own test examples."""
+        return evaluate_clients(
+            self.population, head, clients, threads=self.threads, device=self.device
+        )
+
+    def close(self) -> None:
+        """Nothing to let go of."""

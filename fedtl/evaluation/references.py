@@ -1,0 +1,178 @@
+"""What the federated head is compared with: each client alone, and everybody pooled.
+
+Every head is judged twice: on the client's own test examples ("test") and on everybody's
+("everyone"), because on real domains the two can give opposite verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedtl import seeding
+from fedtl.clients.evaluation import evaluate_clients, evaluate_heads, evaluate_own
+from fedtl.clients.training import train_clients
+from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
+from fedtl.evaluation.pooled import fit_pooled
+from fedtl.types import ClientMetrics, Float64, Head, Int64, LocalTraining, Population, RoundPlan
+
+HEADS_AT_A_TIME = 256
+"""Local heads held in memory together: 256 heads of 512 x 10 are 5 MB."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one kind of head is worth.
+
+    Attributes:
+        facts: for ``summary.json``: metrics on the clients' own test examples, and
+            ``accuracy_everyone`` on everybody's.
+        own: float64 [k], accuracy on each client's own test examples, NaN where it has none.
+        own_examples: int64 [k], how many those are.
+        everyone: float64 [k], accuracy of each client's head on everybody's test examples.
+    """
+
+    facts: dict[str, Any]
+    own: Float64
+    own_examples: Int64
+    everyone: Float64
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Where heads are judged, the same for all of them.
+
+    Attributes:
+        population: who holds what.
+        clients: int64 [k], the judged clients, sorted.
+        everyone: int64 [m], the test rows that stand for everybody's.
+        round: under which the rows are recorded.
+        threads, device: where it is computed.
+        record: takes columns of ``results.records.CLIENTS``.
+    """
+
+    population: Population
+    clients: Int64
+    everyone: Int64
+    round: int
+    threads: int
+    device: str
+    record: Callable[[dict[str, Any]], object]
+
+    def on_everyone(self, heads: Head) -> ClientMetrics:
+        """M heads (leading axis) on everybody's test examples."""
+        return evaluate_heads(
+            self.population.features,
+            self.population.labels,
+            self.everyone,
+            heads,
+            len(self.population.classes),
+            threads=self.threads,
+            device=self.device,
+        )
+
+    def one_on_everyone(self, head: Head) -> ClientMetrics:
+        """One head on everybody's test examples."""
+        return self.on_everyone({name: tensor[None] for name, tensor in head.items()})
+
+
+def everyone_rows(population: Population, clients: Int64, limit: int, seed: int) -> Int64:
+    """The judged clients' test rows, or a seeded sample of ``limit`` of them."""
+    parts = [population.test.of(client) for client in clients.tolist()]
+    rows: Int64 = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    if len(rows) <= limit:
+        return rows
+    picked = seeding.generator(seed, "everyone").choice(len(rows), limit, replace=False)
+    return rows[np.sort(picked)]
+
+
+def judge_alone(
+    judge: Judge, head: Head, training: LocalTraining, rounds: int, seed: int
+) -> Judgement:
+    """Each client trains alone, as long as it would have trained in the federation.
+
+    ``accuracy`` is over all test examples, each judged by its own client's head;
+    ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
+    """
+    budget = replace(training, epochs=training.epochs * rounds, proximal=0.0)
+    own: list[ClientMetrics] = []
+    everyone: list[ClientMetrics] = []
+    for clients in _chunks(judge.clients, HEADS_AT_A_TIME):
+        keys = seeding.client_keys(seed, "local_only", 0, clients)
+        plan = RoundPlan(0, clients, keys, budget)
+        updates = train_clients(
+            judge.population, head, plan, threads=judge.threads, device=judge.device
+        )
+        mine = evaluate_own(
+            judge.population, updates.tensors, clients, threads=judge.threads, device=judge.device
+        )
+        abroad = replace(judge.on_everyone(updates.tensors), clients=clients)
+        for metrics, split, kept in ((mine, "test", own), (abroad, "everyone", everyone)):
+            names = judge.population.columns(clients)
+            judge.record(client_rows(judge.round, metrics, names, "local_only", split))
+            kept.append(metrics)
+    at_home, everywhere = _joined(own), per_client(_joined(everyone)).accuracy
+    facts: dict[str, Any] = dict(overall(at_home).as_facts())
+    facts["accuracy_everyone"] = defined(float(np.mean(everywhere)))
+    mine_alone = per_client(at_home)
+    return Judgement(facts, mine_alone.accuracy, mine_alone.examples, everywhere)
+
+
+def judge_pooled(judge: Judge, head: Head, weight_decay: float) -> Judgement:
+    """One head on everybody's training examples, to convergence: what pooling would give."""
+    fit = fit_pooled(
+        judge.population, head, np.sort(judge.population.train.index), weight_decay, judge.device
+    )
+    judgement = judge_shared(judge, fit.head, "centralised")
+    judgement.facts.update(
+        train_loss=defined(fit.loss),
+        largest_gradient=defined(fit.gradient),
+        evaluations=fit.evaluations,
+        converged=fit.converged,
+    )
+    return judgement
+
+
+def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
+    """One head that all clients share: on each client's own test examples and on everybody's.
+
+    Recorded under ``label`` in head; ``accuracy_everyone`` is on the sample that stands for
+    everybody.
+    """
+    own = evaluate_clients(
+        judge.population, head, judge.clients, threads=judge.threads, device=judge.device
+    )
+    if label != "federated":  # the loop has recorded the federated head's own rows already
+        names = judge.population.columns(own.clients)
+        judge.record(client_rows(judge.round, own, names, label, "test"))
+    shared = judge.one_on_everyone(head)
+    size = len(judge.clients)
+    everyone = ClientMetrics(
+        judge.clients,
+        np.repeat(shared.loss_sum, size),
+        np.repeat(shared.correct, size, axis=0),
+        np.repeat(shared.count, size, axis=0),
+    )
+    names = judge.population.columns(judge.clients)
+    judge.record(client_rows(judge.round, everyone, names, label, "everyone"))
+    each, accuracy = per_client(own), per_client(everyone).accuracy
+    facts: dict[str, Any] = dict(overall(own).as_facts())
+    facts["accuracy_everyone"] = defined(float(per_client(shared).accuracy[0]))
+    return Judgement(facts, each.accuracy, each.examples, accuracy)
+
+
+def _chunks(clients: Int64, size: int) -> Iterator[Int64]:
+    for start in range(0, len(clients), size):
+        yield clients[start : start + size]
+
+
+def _joined(parts: list[ClientMetrics]) -> ClientMetrics:
+    return ClientMetrics(
+        np.concatenate([p.clients for p in parts]),
+        np.concatenate([p.loss_sum for p in parts]),
+        np.concatenate([p.correct for p in parts]),
+        np.concatenate([p.count for p in parts]),
+    )

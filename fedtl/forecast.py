@@ -1,0 +1,119 @@
+"""What a run will cost, told before it begins. Estimates, from figures measured on a plain CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedtl import machine
+from fedtl.build import OpenedData, allowed_threads
+from fedtl.rounds import round_half_up
+from fedtl.transfer.features import FeatureStore
+from fedtl.transfer.heads import initial_head
+from fedtl.types import head_bytes
+
+MACS_PER_CORE_SECOND = 30e9
+"""Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
+
+FLOPS_PER_CORE_SECOND = 40e9
+"""Float operations of the fused kernel per core (benchmarks/kernel.py)."""
+
+EMBEDDED_GMACS = (0.385, 224)
+"""EfficientNet-Lite0's billions of multiply-adds for one image of that size."""
+
+BASE_BYTES = 600 * 2**20
+"""Python with torch and ONNX Runtime loaded, measured as resident memory."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Counts are exact; seconds and memory are estimates, None where nothing is known."""
+
+    clients: int
+    domains: int
+    examples: int
+    classes: int
+    train: int
+    test: int
+    rounds: int
+    cohort: int
+    head_parameters: int
+    bytes_down: int
+    bytes_up: int
+    cached: bool
+    feature_bytes: int
+    memory_bytes: int
+    extract_seconds: float | None
+    train_seconds: float
+    epsilon: None = None
+    """No differential privacy in this scenario: nothing bounds epsilon."""
+
+
+def forecast(opened: OpenedData) -> Forecast:
+    """What running this scenario on this machine will take."""
+    scenario, split, examples = opened.scenario, opened.split, opened.examples
+    cached = examples.images is None or is_cached(opened)
+    width = examples.features.shape[1] if examples.features is not None else opened.backbone.dim
+    head = initial_head(scenario.head, width, len(examples.classes), scenario.seed)
+    clients = len(split.names)
+    cohort = min(clients, max(1, round_half_up(scenario.clients.fraction * clients)))
+    share = cohort / clients
+    parameters = sum(tensor.size for tensor in head.values())
+    exchanged = head_bytes(head) * cohort * scenario.rounds
+    bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
+    feature_bytes = len(examples) * width * bytes_each
+    flops = 4.0 * len(split.train.index) * share * parameters
+    flops *= scenario.training.local_epochs * scenario.rounds
+    threads = allowed_threads(scenario)
+    memory = BASE_BYTES + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
+    return Forecast(
+        clients,
+        len(set(split.domains)),
+        len(examples),
+        len(examples.classes),
+        len(split.train.index),
+        len(split.test.index),
+        scenario.rounds,
+        cohort,
+        parameters,
+        exchanged,
+        exchanged,
+        cached,
+        feature_bytes,
+        memory,
+        0.0 if cached else _extract_seconds(opened, threads),
+        flops / (FLOPS_PER_CORE_SECOND * threads),
+    )
+
+
+def is_cached(opened: OpenedData) -> bool:
+    """Whether the feature store has this scenario's features already."""
+    section = opened.scenario.backbone
+    return FeatureStore().has(
+        opened.backbone,
+        opened.examples.fingerprint,
+        dtype=section.feature_dtype,
+        way=section.extraction,
+    )
+
+
+def _extract_seconds(opened: OpenedData, threads: int) -> float | None:
+    """None on a GPU and for models whose cost is not published."""
+    if machine.gpu_present() and opened.scenario.engine.device != "cpu":
+        return None
+    known = _gmacs(opened.scenario.backbone.name)
+    if known is None:
+        return None
+    gmacs, trained_size = known
+    scale = (opened.backbone.image_size / trained_size) ** 2
+    macs = 1e9 * gmacs * scale * len(opened.examples)
+    return macs / (MACS_PER_CORE_SECOND * threads)
+
+
+def _gmacs(name: str) -> tuple[float, int] | None:
+    if name == "efficientnet_lite0":
+        return EMBEDDED_GMACS
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name).DEFAULT
+    operations = weights.meta.get("_ops")
+    return (float(operations), weights.transforms().crop_size[0]) if operations else None

@@ -1,0 +1,120 @@
+"""Rows of results while a run goes on: an append-only Arrow stream, cut back to the last commit.
+
+A round costs one append, whatever came before it. The commit remembers how many bytes count; what
+a crash left behind them is cut off on resume. At the end the stream becomes one Parquet file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedtl.errors import writing
+from fedtl.results.files import sync_folder
+
+_ROUND = [("round", pa.int32())]
+ROUNDS = pa.schema(
+    [
+        *_ROUND,
+        ("cohort", pa.int32()),
+        ("accepted", pa.int32()),
+        ("learning_rate", pa.float64()),
+        ("train_loss", pa.float64()),
+        ("loss", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("balanced_accuracy", pa.float64()),
+        ("accuracy_client_mean", pa.float64()),
+        ("worst_decile_accuracy", pa.float64()),
+        ("spread", pa.float64()),
+        ("bytes_up", pa.int64()),
+        ("bytes_down", pa.int64()),
+        ("seconds", pa.float64()),
+    ]
+)
+"""One row a round; metrics of the federated head on all judged clients' test examples."""
+
+CLIENTS = pa.schema(
+    [
+        *_ROUND,
+        ("client", pa.int64()),
+        ("name", pa.string()),
+        ("domain", pa.string()),
+        ("head", pa.string()),
+        ("split", pa.string()),
+        ("examples", pa.int64()),
+        ("loss", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("balanced_accuracy", pa.float64()),
+        ("update_norm", pa.float64()),
+        ("status", pa.string()),
+    ]
+)
+"""One row per round, client, head and split. ``head``: federated, local_only, centralised.
+``split``: train (the client's own training), test (its own test examples), everyone (the test
+examples of all). Undefined metrics are null."""
+
+
+class RecordStream:
+    """One growing table on disk."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path = path
+        self.schema = schema
+
+    def start(self, committed_bytes: int = 0) -> None:
+        """Begin, or cut back to what was committed. ``committed_bytes`` 0 begins anew."""
+        with writing(self.path.name, self.path.parent):
+            if committed_bytes and self.path.stat().st_size >= committed_bytes:
+                os.truncate(self.path, committed_bytes)
+                return
+            self.path.write_bytes(self.schema.serialize().to_pybytes())
+            sync_folder(self.path.parent)
+
+    def append(self, columns: Mapping[str, Sequence[Any] | Any]) -> int:
+        """Add rows and return the file's length in bytes, which the next commit remembers."""
+        batch = pa.RecordBatch.from_pydict(dict(columns), schema=self.schema)
+        with writing(self.path.name, self.path.parent), open(self.path, "ab") as file:
+            file.write(batch.serialize().to_pybytes())
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def read(self) -> pa.Table:
+        """All rows, memory-mapped."""
+        with pa.memory_map(str(self.path)) as source, pa.ipc.open_stream(source) as reader:
+            return reader.read_all()
+
+    def write_parquet(self, target: Path) -> None:
+        """Rewrite everything as one Parquet file, batch by batch, atomically."""
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with writing(target.name, target.parent):
+            try:
+                with (
+                    pa.memory_map(str(self.path)) as source,
+                    pa.ipc.open_stream(source) as reader,
+                    pq.ParquetWriter(temporary, self.schema) as writer,
+                ):
+                    for table in _grouped(reader):
+                        writer.write_table(table)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(target.parent)
+
+
+def _grouped(reader: Any, rows: int = 200_000) -> Any:
+    """Batches joined to tables of about ``rows`` rows: small row groups make slow Parquet."""
+    held: list[pa.RecordBatch] = []
+    for batch in reader:
+        held.append(batch)
+        if sum(b.num_rows for b in held) >= rows:
+            yield pa.Table.from_batches(held)
+            held = []
+    yield pa.Table.from_batches(held, reader.schema)

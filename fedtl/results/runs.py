@@ -1,0 +1,130 @@
+"""The run folder: what a run leaves behind, under fixed names."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors.numpy import save
+
+from fedtl.errors import EnvironmentFault, InputError, writing
+from fedtl.results.commits import Commit, read_commit, write_commit
+from fedtl.results.files import write_atomic
+from fedtl.results.records import CLIENTS, ROUNDS, RecordStream
+
+SUMMARY = "summary.json"
+SCENARIO = "scenario.toml"
+
+
+class RunFolder:
+    """One run's folder: scenario, records, commits, events, and at the end summary and head.
+
+    Made by ``create`` or ``reopen``; both hold a lock, so that two processes cannot write one run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rounds = RecordStream(path / "records" / "rounds.arrows", ROUNDS)
+        self.clients = RecordStream(path / "records" / "clients.arrows", CLIENTS)
+        self._lock = FileLock(path / ".lock")
+
+    @classmethod
+    def create(cls, path: Path, scenario_toml: str) -> RunFolder:
+        """Make a new run folder. Raises InputError where one exists, EnvironmentFault where the
+        place cannot be written."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            unfinished = (path / SCENARIO).is_file() and not (path / SUMMARY).is_file()
+            raise InputError(
+                "the run folder exists already",
+                where=path,
+                do=f"Type 'fedtl resume {path}' to go on with it, or choose another --out"
+                if unfinished
+                else "Choose another --out",
+            )
+        with writing("the run folder", path):
+            (path / "records").mkdir(parents=True)
+            (path / "checkpoints").mkdir()
+        folder = cls(path)
+        folder._acquire()
+        write_atomic(path / SCENARIO, scenario_toml.encode())
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Open a run to go on with it. Raises InputError where it is none."""
+        if not (path / SCENARIO).is_file():
+            raise InputError(
+                "not a run folder", where=path, allowed="a folder that 'fedtl run' made"
+            )
+        with writing("the run folder", path):
+            (path / "records").mkdir(exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+        folder = cls(path)
+        folder._acquire()
+        return folder
+
+    def _acquire(self) -> None:
+        try:
+            with writing("the run folder", self.path):
+                self._lock.acquire(timeout=0)
+        except Timeout:
+            raise EnvironmentFault("another process works on this run", where=self.path) from None
+
+    def release(self) -> None:
+        """Let others open the run."""
+        self._lock.release()
+        (self.path / ".lock").unlink(missing_ok=True)
+
+    def begin(self) -> tuple[Commit | None, list[str]]:
+        """Cut the records back to the newest whole commit and return it, with notes."""
+        commit, notes = read_commit(self.path / "checkpoints")
+        self.rounds.start(int(commit.facts["rounds_bytes"]) if commit else 0)
+        self.clients.start(int(commit.facts["clients_bytes"]) if commit else 0)
+        return commit, notes
+
+    def commit(self, commit: Commit) -> None:
+        """Make a round last."""
+        write_commit(self.path / "checkpoints", commit)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line in ``events.jsonl``: what happened when. No private data goes in here."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts})
+        with writing("events.jsonl", self.path), open(self.path / "events.jsonl", "a") as file:
+            file.write(line + "\n")
+
+    def write_tables(self) -> None:
+        """``rounds.parquet`` and ``clients.parquet`` from all records so far."""
+        self.rounds.write_parquet(self.path / "rounds.parquet")
+        self.clients.write_parquet(self.path / "clients.parquet")
+
+    def write_head(
+        self, head: Mapping[str, np.ndarray[Any, Any]], facts: Mapping[str, str]
+    ) -> None:
+        """``head.safetensors`` with what it fits (backbone, classes) as metadata."""
+        content = save(dict(head), metadata=dict(facts))
+        write_atomic(self.path / "head.safetensors", content)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary, the sign of a whole run, and drop the working records."""
+        write_atomic(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        for stream in (self.rounds, self.clients):
+            stream.path.unlink(missing_ok=True)
+        with writing("the run folder", self.path):
+            os.rmdir(self.path / "records")
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None."""
+        path = self.path / SUMMARY
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+            return content
+        except ValueError as error:
+            raise InputError("the summary is damaged", where=path) from error

@@ -1,0 +1,308 @@
+"""The one loop over rounds: sample, run, validate, aggregate, judge, record, commit.
+
+Nothing else in fedtl loops over rounds, and nothing here knows where clients live. All randomness
+is keyed by (seed, purpose, round, client), so a resumed run replays nothing and ends with the head
+of the unbroken one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedtl import seeding
+from fedtl.engines.base import Engine
+from fedtl.errors import InputError, PolicyStop
+from fedtl.evaluation.metrics import client_rows, defined, overall
+from fedtl.failpoints import failpoint
+from fedtl.interrupts import Interrupts
+from fedtl.results.commits import Commit
+from fedtl.results.runs import RunFolder
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies.base import ServerState, Strategy
+from fedtl.strategies.validation import accept_updates
+from fedtl.types import (
+    ClientUpdates,
+    Float64,
+    Head,
+    Int64,
+    LocalTraining,
+    Population,
+    RoundPlan,
+    head_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything the loop needs, ready made.
+
+    Attributes:
+        identity: what must not change between a run and its resumption (scenario hash, data
+            fingerprint, features' key, versions), JSON values.
+    """
+
+    scenario: Scenario
+    population: Population
+    head: Head
+    strategy: Strategy
+    engine: Engine
+    identity: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What adds up over the rounds; committed with each of them."""
+
+    round: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    client_rounds: int = 0
+    train_seconds: float = 0.0
+    rounds_bytes: int = 0
+    clients_bytes: int = 0
+
+
+RoundObserver = Callable[[Mapping[str, Any], ClientUpdates], None]
+"""Called after each commit with the round's row (columns of ``results.records.ROUNDS``) and the
+accepted updates with their failures."""
+
+
+def run_rounds(
+    federation: Federation,
+    folder: RunFolder,
+    observe: RoundObserver,
+    interrupts: Interrupts,
+    *,
+    allow_changes: bool = False,
+) -> tuple[ServerState, Progress]:
+    """Train to the scenario's last round, from the newest commit or from the start.
+
+    Args:
+        allow_changes: go on although scenario, data or versions differ from the commit's.
+
+    Raises:
+        PolicyStop: no client's update could be accepted; the last commit is kept.
+        Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
+        InputError: the commit belongs to another scenario, data set or version.
+    """
+    state, progress = _restore(federation, folder, allow_changes)
+    total = federation.scenario.rounds
+    while progress.round < total:
+        started = time.perf_counter()
+        plan = plan_round(federation, state, progress.round + 1)
+        replies = federation.engine.run_clients(plan, state.head)
+        updates, norms = accept_updates(
+            replies,
+            plan,
+            state.head,
+            federation.population.train.counts,
+            federation.scenario.validation.max_norm_ratio,
+        )
+        failpoint("after_train", plan.round)
+        if len(updates.clients) == 0:
+            raise PolicyStop(
+                f"no update of round {plan.round} could be used, the first because "
+                f"{updates.failures[0].reason}; {progress.round} rounds are kept",
+                where=f"client {updates.failures[0].client}",
+                do="The training diverged or the data are broken: lower training.learning_rate",
+            )
+        state = federation.strategy.step(state, updates)
+        failpoint("after_aggregate", plan.round)
+        progress = _counted(progress, plan, updates, state.head)
+        row, progress = _record(federation, folder, state, plan, updates, norms, progress)
+        seconds = time.perf_counter() - started
+        progress = replace(progress, train_seconds=progress.train_seconds + seconds)
+        row["seconds"] = [seconds]
+        progress = replace(progress, rounds_bytes=folder.rounds.append(row))
+        failpoint("before_commit", plan.round)
+        folder.commit(_commit(federation, state, progress))
+        failpoint("after_commit", plan.round)
+        observe({name: column[0] for name, column in row.items()}, updates)
+        if progress.round < total:
+            interrupts.check(
+                f"interrupted; saved round {progress.round} of {total}",
+                f"Type 'fedtl resume {folder.path}' to continue at {progress.round + 1}",
+            )
+    return state, progress
+
+
+def plan_round(federation: Federation, state: ServerState, round: int) -> RoundPlan:
+    """Who trains in a round, with what hyper-parameters and in what batch order."""
+    scenario = federation.scenario
+    clients = sample_cohort(
+        scenario.seed, round, federation.population.num_clients, scenario.clients.fraction
+    )
+    section = scenario.training
+    training = LocalTraining(
+        section.local_epochs,
+        section.batch_size,
+        scheduled_rate(scenario, round),
+        section.momentum,
+        section.weight_decay,
+    )
+    keys = seeding.client_keys(scenario.seed, "batches", round, clients)
+    return RoundPlan(round, clients, keys, federation.strategy.plan(state, training))
+
+
+def sample_cohort(seed: int, round: int, num_clients: int, fraction: float) -> Int64:
+    """Sorted ids of a round's clients, drawn without replacement from the seeded stream."""
+    size = max(1, round_half_up(fraction * num_clients))
+    if size >= num_clients:
+        return np.arange(num_clients, dtype=np.int64)
+    stream = seeding.generator(seed, "cohort", round)
+    return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
+
+
+def round_half_up(value: float) -> int:
+    """Nearest whole number; halves go up, as people expect of "10 % of 25"."""
+    return math.floor(value + 0.5)
+
+
+def scheduled_rate(scenario: Scenario, round: int) -> float:
+    """The clients' learning rate in a round (1 for the first)."""
+    section = scenario.training
+    if section.schedule == "cosine":
+        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / scenario.rounds))
+    if section.schedule == "exponential":
+        return float(section.learning_rate * section.decay ** (round - 1))
+    return section.learning_rate
+
+
+def judged_clients(scenario: Scenario, num_clients: int) -> Int64:
+    """The clients on whose test examples heads are judged, the same in every round."""
+    size = max(1, round_half_up(scenario.evaluation.fraction * num_clients))
+    stream = seeding.generator(scenario.seed, "judged")
+    if size >= num_clients:
+        return np.arange(num_clients, dtype=np.int64)
+    return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
+
+
+def _counted(progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head) -> Progress:
+    """Logical payload: the head to each planned client, and back from each accepted one."""
+    size = head_bytes(head)
+    return replace(
+        progress,
+        round=plan.round,
+        bytes_down=progress.bytes_down + size * len(plan.clients),
+        bytes_up=progress.bytes_up + size * len(updates.clients),
+        client_rounds=progress.client_rounds + len(updates.clients),
+    )
+
+
+def _record(
+    federation: Federation,
+    folder: RunFolder,
+    state: ServerState,
+    plan: RoundPlan,
+    updates: ClientUpdates,
+    norms: Float64,
+    progress: Progress,
+) -> tuple[dict[str, list[Any]], Progress]:
+    """Append the clients' rows; return the round's row (without its seconds)."""
+    scenario, population = federation.scenario, federation.population
+    length = folder.clients.append(_training_rows(population, plan, updates, norms))
+    size = head_bytes(state.head)
+    trained = updates.num_examples.sum()
+    row: dict[str, list[Any]] = {
+        "round": [plan.round],
+        "cohort": [len(plan.clients)],
+        "accepted": [len(updates.clients)],
+        "learning_rate": [plan.training.learning_rate],
+        "train_loss": [defined(float((updates.loss * updates.num_examples).sum() / trained))],
+        "bytes_up": [size * len(updates.clients)],
+        "bytes_down": [size * len(plan.clients)],
+    }
+    judged = dict.fromkeys(
+        (
+            "loss", "accuracy", "balanced_accuracy",
+            "accuracy_client_mean", "worst_decile_accuracy", "spread",
+        )
+    )  # fmt: skip
+    if plan.round % scenario.evaluation.every == 0 or plan.round == scenario.rounds:
+        clients = judged_clients(scenario, population.num_clients)
+        metrics = federation.engine.evaluate(state.head, clients)
+        names = population.columns(metrics.clients)
+        length = folder.clients.append(client_rows(plan.round, metrics, names, "federated", "test"))
+        facts = overall(metrics).as_facts()
+        judged = {name: facts[name] for name in judged}
+    row.update({name: [value] for name, value in judged.items()})
+    return row, replace(progress, clients_bytes=length)
+
+
+def _training_rows(
+    population: Population, plan: RoundPlan, updates: ClientUpdates, norms: Float64
+) -> dict[str, Any]:
+    """One row per planned client: what it trained, or why it is not in the round."""
+    failed = updates.failures
+    absent = [None] * len(failed)
+    clients = np.concatenate([updates.clients, np.array([f.client for f in failed], np.int64)])
+    size = len(clients)
+    return {
+        "round": np.full(size, plan.round, np.int32),
+        "client": clients,
+        **population.columns(clients),
+        "head": ["federated"] * size,
+        "split": ["train"] * size,
+        "examples": population.train.counts[clients],
+        "loss": [*map(defined, updates.loss.tolist()), *absent],
+        "accuracy": [None] * size,
+        "balanced_accuracy": [None] * size,
+        "update_norm": [*norms.tolist(), *absent],
+        "status": ["ok"] * len(norms) + [f"refused: {f.reason}" for f in failed],
+    }
+
+
+def _commit(federation: Federation, state: ServerState, progress: Progress) -> Commit:
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        f"head.{name}": tensor for name, tensor in state.head.items()
+    }
+    tensors.update({f"slots.{name}": tensor for name, tensor in state.slots.items()})
+    facts = {**progress.__dict__, "identity": dict(federation.identity)}
+    return Commit(progress.round, tensors, facts)
+
+
+def _restore(
+    federation: Federation, folder: RunFolder, allow_changes: bool
+) -> tuple[ServerState, Progress]:
+    """The newest commit's state, or the initial one, committed as round 0."""
+    commit, notes = folder.begin()
+    for note in notes:
+        folder.event("damaged_commit", note=note)
+    if commit is None:
+        state = federation.strategy.init(federation.head)
+        progress = Progress(
+            rounds_bytes=folder.rounds.path.stat().st_size,
+            clients_bytes=folder.clients.path.stat().st_size,
+        )
+        folder.commit(_commit(federation, state, progress))
+        return state, progress
+    if not allow_changes:
+        check_identity(commit.facts["identity"], federation.identity, str(folder.path))
+    saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
+    tensors = commit.tensors
+    head = {name: tensors[f"head.{name}"] for name in federation.head}
+    if any(head[name].shape != start.shape for name, start in federation.head.items()):
+        raise InputError("the committed head has another shape", where=folder.path)
+    slots = {k.removeprefix("slots."): v for k, v in tensors.items() if k.startswith("slots.")}
+    return ServerState(head, slots), Progress(**saved)
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with a run under another scenario, data set or version."""
+    differences = [
+        f"{name}: was {saved.get(name)}, is {now.get(name)}"
+        for name in sorted({*saved, *now})
+        if saved.get(name) != now.get(name)
+    ]
+    if differences:
+        raise InputError(
+            "this run was begun with something else: " + "; ".join(differences),
+            where=where,
+            do="Run the scenario anew, or 'fedtl resume --allow' to go on all the same",
+        )

@@ -1,0 +1,316 @@
+"""One run from a scenario to a finished folder, new or resumed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedtl import machine
+from fedtl.build import (
+    Built,
+    OpenedData,
+    allowed_threads,
+    make_federation,
+    open_data,
+    resolve_device,
+)
+from fedtl.errors import FedtlError, InputError, Interrupted
+from fedtl.evaluation.references import (
+    Judge,
+    Judgement,
+    everyone_rows,
+    judge_alone,
+    judge_pooled,
+    judge_shared,
+)
+from fedtl.evaluation.verdicts import Verdict, give_verdict
+from fedtl.forecast import Forecast, forecast
+from fedtl.interrupts import Interrupts
+from fedtl.results.runs import SCENARIO, RunFolder
+from fedtl.rounds import Federation, Progress, judged_clients, run_rounds
+from fedtl.scenario.load import dump_scenario, load_scenario
+from fedtl.scenario.schema import Scenario
+from fedtl.types import ClientUpdates, Head, LocalTraining
+
+
+class Observer(Protocol):
+    """Is told what happens; the terminal is one."""
+
+    def planned(self, opened: OpenedData, plan: Forecast) -> None:
+        """Before anything slow begins."""
+
+    def extracting(self, done: int, total: int) -> None:
+        """Images through the trunk so far."""
+
+    def ready(self, built: Built) -> None:
+        """Features are there, clients are dealt, the rounds can begin."""
+
+    def round_done(self, row: Mapping[str, Any], updates: ClientUpdates) -> None:
+        """One more round is committed."""
+
+    def comparing(self, reference: str) -> None:
+        """A reference is being trained."""
+
+    def finished(self, summary: Mapping[str, Any], verdict: Verdict, folder: Path) -> None:
+        """The run is whole."""
+
+
+def new_run_path(scenario: Scenario) -> Path:
+    """``runs/<scenario>-<time>``, a name that is not taken."""
+    base = Path("runs") / f"{scenario.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, number = base, 2
+    while path.exists():
+        path = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return path
+
+
+def find_run(name: str) -> Path:
+    """A run folder by path, by its name under ``runs/``, or ``last``."""
+    if name == "last":
+        found = sorted(Path("runs").glob(f"*/{SCENARIO}"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise InputError("there is no run yet", where="runs/", do="Type 'fedtl run quickstart'")
+        return found[-1].parent
+    path = Path(name)
+    return path if path.exists() or not (Path("runs") / name).exists() else Path("runs") / name
+
+
+def run_scenario(
+    scenario: Scenario, path: Path, observer: Observer, interrupts: Interrupts
+) -> dict[str, Any]:
+    """Run a scenario from its start into a new folder; returns what ``summary.json`` holds.
+
+    Raises:
+        FedtlError: any; a folder in which nothing was committed yet is removed again, unless the
+            run was interrupted.
+    """
+    started = time.perf_counter()
+    opened = open_data(scenario)
+    folder = RunFolder.create(path, dump_scenario(scenario))
+    try:
+        return _carry_on(opened, folder, observer, interrupts, started)
+    except FedtlError as error:
+        if not isinstance(error, Interrupted) and not any((path / "checkpoints").glob("*.json")):
+            shutil.rmtree(path)
+        raise
+    finally:
+        folder.release()
+
+
+def resume_run(
+    path: Path, observer: Observer, interrupts: Interrupts, *, allow_changes: bool = False
+) -> dict[str, Any]:
+    """Go on with a run from its last commit; a finished one is left as it is."""
+    started = time.perf_counter()
+    folder = RunFolder.reopen(path)
+    try:
+        if folder.finished() is not None:
+            raise InputError(
+                "this run is finished", where=path, do="Read its summary.json, or start another"
+            )
+        opened = open_data(load_scenario(str(path / SCENARIO)))
+        folder.event("resumed")
+        return _carry_on(opened, folder, observer, interrupts, started, allow_changes)
+    finally:
+        folder.release()
+
+
+def _carry_on(
+    opened: OpenedData,
+    folder: RunFolder,
+    observer: Observer,
+    interrupts: Interrupts,
+    started: float,
+    allow_changes: bool = False,
+) -> dict[str, Any]:
+    """Everything after the folder is there: features, rounds, references, summary."""
+    observer.planned(opened, forecast(opened))
+    resume = f"Type 'fedtl resume {folder.path}' to go on"
+
+    def progress(done: int, total: int) -> None:
+        observer.extracting(done, total)
+        interrupts.check("interrupted while images went through the trunk", resume)
+
+    built = make_federation(opened, progress)
+    federation = built.federation
+    observer.ready(built)
+    for note in built.features.notes:
+        folder.event("note", text=note)
+    folder.event("started", scenario_hash=federation.identity["scenario_hash"])
+    interrupts.check("interrupted before the first round", resume)
+    try:
+        state, done = run_rounds(
+            federation, folder, observer.round_done, interrupts, allow_changes=allow_changes
+        )
+    except FedtlError as error:
+        folder.event("stopped", exit_code=error.exit_code, what=error.what)
+        with suppress(OSError, FedtlError):  # the error that stopped the run is the one to tell
+            folder.write_tables()
+        raise
+    finally:
+        federation.engine.close()
+    return _conclude(built, opened, folder, observer, interrupts, state.head, done, started)
+
+
+def _conclude(
+    built: Built,
+    opened: OpenedData,
+    folder: RunFolder,
+    observer: Observer,
+    interrupts: Interrupts,
+    head: Head,
+    progress: Progress,
+    started: float,
+) -> dict[str, Any]:
+    """Judge the final head beside its references and write everything down."""
+    federation = built.federation
+    before = progress.clients_bytes
+    folder.clients.start(before)  # rows of references that an earlier attempt left are cut off
+    judged = judged_clients(federation.scenario, federation.population.num_clients)
+    judgements = _judgements(federation, folder, observer, interrupts, head, judged)
+    names = [federation.population.names[i] for i in judged.tolist()]
+    verdict = give_verdict(
+        judgements["federated"], judgements.get("local_only"), judgements.get("centralised"), names
+    )
+    folder.write_tables()
+    folder.write_head(head, _head_card(built, opened))
+    summary = _summary(built, opened, head, progress, judgements, verdict)
+    train = progress.train_seconds
+    extract = built.features.seconds
+    summary["seconds"] = {
+        "extract": extract,
+        "train": train,
+        "total": max(time.perf_counter() - started, extract + train),
+    }
+    summary["client_rounds_per_second"] = progress.client_rounds / train if train else None
+    summary["peak_rss_mib"] = round(machine.peak_rss_mib(), 1)
+    summary["versions"] = machine.versions()
+    summary["cpu"] = machine.cpu_model()
+    folder.event("finished", head_sha256=summary["head_sha256"])
+    folder.finish(summary)
+    observer.finished(summary, verdict, folder.path)
+    return summary
+
+
+def _judgements(
+    federation: Federation,
+    folder: RunFolder,
+    observer: Observer,
+    interrupts: Interrupts,
+    head: Head,
+    judged: np.ndarray[tuple[int], np.dtype[np.int64]],
+) -> dict[str, Judgement]:
+    """The federated head and every reference the scenario asks for, each judged twice."""
+    scenario, population = federation.scenario, federation.population
+    judge = Judge(
+        population,
+        judged,
+        everyone_rows(population, judged, scenario.evaluation.everyone_examples, scenario.seed),
+        scenario.rounds,
+        allowed_threads(scenario),
+        resolve_device(scenario),
+        folder.clients.append,
+    )
+    found = {"federated": judge_shared(judge, head, "federated")}
+    section = scenario.training
+    training = LocalTraining(
+        section.local_epochs,
+        section.batch_size,
+        section.learning_rate,
+        section.momentum,
+        section.weight_decay,
+    )
+    for name in scenario.evaluation.references:
+        observer.comparing(name)
+        interrupts.check(
+            "interrupted; all rounds are done", f"Type 'fedtl resume {folder.path}' to finish"
+        )
+        if name == "local_only":
+            found[name] = judge_alone(
+                judge, federation.head, training, scenario.rounds, scenario.seed
+            )
+        else:
+            found[name] = judge_pooled(judge, federation.head, section.weight_decay)
+    return found
+
+
+def _head_card(built: Built, opened: OpenedData) -> dict[str, str]:
+    """What the head fits: goes into the metadata of ``head.safetensors``."""
+    federation = built.federation
+    return {
+        "fedtl": machine.versions().get("fedtl", ""),
+        "scenario_hash": federation.identity["scenario_hash"],
+        "backbone": opened.backbone.name,
+        "backbone_sha256": opened.backbone.weights_hash,
+        "cut": opened.backbone.cut,
+        "kind": federation.scenario.head.kind,
+        "classes": "\n".join(federation.population.classes),
+    }
+
+
+def _summary(
+    built: Built,
+    opened: OpenedData,
+    head: Head,
+    progress: Progress,
+    judgements: Mapping[str, Judgement],
+    verdict: Verdict,
+) -> dict[str, Any]:
+    """The part of ``summary.json`` that is the same on every machine and engine."""
+    federation = built.federation
+    scenario, population = federation.scenario, federation.population
+    return {
+        "name": scenario.name,
+        "scenario_hash": federation.identity["scenario_hash"],
+        "engine": scenario.engine.kind,
+        "seed": scenario.seed,
+        "strategy": scenario.strategy.name,
+        "rounds_completed": progress.round,
+        "num_clients": population.num_clients,
+        "head_sha256": head_hash(head),
+        "final": judgements["federated"].facts,
+        "references": {n: j.facts for n, j in judgements.items() if n != "federated"},
+        "bytes_up": progress.bytes_up,
+        "bytes_down": progress.bytes_down,
+        "epsilon": None,
+        "verdict": asdict(verdict),
+        "data": {
+            "fingerprint": built.features.examples.fingerprint,
+            "examples": len(built.features.examples),
+            "train": len(population.train.index),
+            "test": len(population.test.index),
+            "classes": len(population.classes),
+            "excluded_clients": len(built.features.split.excluded),
+            "leaks_train_test": built.leaks.train_test,
+            "leaks_between_clients": built.leaks.between_clients,
+        },
+        "backbone": {
+            "name": opened.backbone.name,
+            "cut": opened.backbone.cut,
+            "weights_sha256": opened.backbone.weights_hash,
+            "weights_source": opened.backbone.weights_source,
+            "features": int(population.features.shape[1]),
+            **built.features.facts,
+        },
+        "notes": list(built.features.notes),
+    }
+
+
+def head_hash(head: Head) -> str:
+    """SHA-256 over a head's tensors by name, shape and float32 bytes: 64 hex digits."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(head):
+        tensor = np.ascontiguousarray(head[name], np.float32)
+        digest.update(f"{name}{tensor.shape}".encode() + tensor.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,79 @@
+"""What every strategy is: pure server mathematics, state in, state out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from fedtl.types import ClientUpdates, Float32, Float64, Head, LocalTraining
+
+Weighting = Literal["examples", "uniform"]
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All a strategy remembers between rounds.
+
+    Attributes:
+        head: float32 tensors, exactly what clients receive.
+        slots: a server optimiser's float64 tensors, by name.
+    """
+
+    head: Head
+    slots: Mapping[str, Float64] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """Combines clients' heads. Pure: no hidden state, no randomness, no input or output."""
+
+    def init(self, head: Head) -> ServerState:
+        """The state before round 1."""
+        ...
+
+    def plan(self, state: ServerState, training: LocalTraining) -> LocalTraining:
+        """What clients shall do this round, from what the scenario asks for."""
+        ...
+
+    def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
+        """The next state from valid updates, sorted by client id; at least one."""
+        ...
+
+
+def client_weights(updates: ClientUpdates, weighting: Weighting) -> Float64:
+    """p_k: each client's weight in every average of the run, float64 [k], sums to 1."""
+    if weighting == "uniform":
+        return np.full(len(updates.clients), 1.0 / len(updates.clients))
+    examples: Float64 = updates.num_examples.astype(np.float64)
+    return np.asarray(examples / examples.sum())
+
+
+def mean_delta(head: Head, updates: ClientUpdates, weights: Float64) -> dict[str, Float64]:
+    """Delta = sum_k p_k (w_k - w), added in float64 in client order, one tensor per name.
+
+    The order is fixed so that the sum has the same bits whatever order replies came in.
+    """
+    total: dict[str, Float64] = {}
+    for name, start in head.items():
+        base = start.astype(np.float64)
+        acc = np.zeros_like(base)
+        for weight, client_head in zip(weights.tolist(), updates.tensors[name], strict=True):
+            acc += weight * (client_head - base)
+        total[name] = acc
+    return total
+
+
+def moved(state: ServerState, step: Mapping[str, Float64]) -> Head:
+    """The head after adding a float64 step, rounded once to float32."""
+    return {name: _float32(tensor + step[name]) for name, tensor in state.head.items()}
+
+
+def with_slots(state: ServerState, head: Head, slots: Mapping[str, Float64]) -> ServerState:
+    """The state with a new head and new slots."""
+    return replace(state, head=head, slots=dict(slots))
+
+
+def _float32(values: Float64) -> Float32:
+    return values.astype(np.float32)

@@ -1,0 +1,141 @@
+"""Which updates may be added: all of a reply is looked at before any of it counts.
+
+Flower's own aggregation accepts NaN, broadcastable wrong shapes and negative weights in silence;
+here a bad update is refused by name and the round goes on with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64, RoundPlan
+
+
+def accept_updates(
+    replies: Iterable[ClientUpdates],
+    plan: RoundPlan,
+    head: Head,
+    declared_examples: Int64,
+    max_norm_ratio: float,
+) -> tuple[ClientUpdates, Float64]:
+    """Merge replies into one set of valid updates, sorted by client id.
+
+    Args:
+        replies: blocks of one or more clients, in any order.
+        plan: the round they answer.
+        head: what the clients started from; gives names, shapes and float32.
+        declared_examples: int64 [K], training examples each client of the population declared.
+        max_norm_ratio: an update longer than this many times the cohort's median is refused.
+
+    Returns:
+        The accepted updates, with a failure for every planned client that is not among them, and
+        the accepted updates' Euclidean norms, float64 [k].
+    """
+    failures: dict[int, str] = {}
+    blocks: list[ClientUpdates] = []
+    seen: set[int] = set()
+    for reply in replies:
+        failures.update({failure.client: failure.reason for failure in reply.failures})
+        reason = _malformed(reply, plan, head)
+        repeated = seen.intersection(reply.clients.tolist())
+        if reason is None and repeated:
+            reason = "answered twice"
+        if reason is not None:
+            failures.update(dict.fromkeys(set(reply.clients.tolist()) - seen, reason))
+            continue
+        seen.update(reply.clients.tolist())
+        blocks.append(reply)
+    merged = _merge(blocks, plan, head)
+    keep, norms, refused = _judge(merged, head, declared_examples, max_norm_ratio)
+    failures.update(refused)
+    for client in set(plan.clients.tolist()) - seen - set(failures):
+        failures[client] = "no answer"
+    accepted = ClientUpdates(
+        plan.round,
+        merged.clients[keep],
+        {name: tensor[keep] for name, tensor in merged.tensors.items()}
+        if not keep.all()
+        else merged.tensors,
+        merged.num_examples[keep],
+        merged.loss[keep],
+        tuple(ClientFailure(client, failures[client]) for client in sorted(failures)),
+    )
+    return accepted, norms[keep]
+
+
+def _malformed(reply: ClientUpdates, plan: RoundPlan, head: Head) -> str | None:
+    """Why a whole reply cannot be read, or None."""
+    count = len(reply.clients)
+    if reply.round != plan.round:
+        return f"answers round {reply.round}, this is round {plan.round}"
+    if unknown := set(reply.clients.tolist()) - set(plan.clients.tolist()):
+        return f"client {min(unknown)} is not in this round"
+    if len(set(reply.clients.tolist())) != count:
+        return "answered twice"
+    if set(reply.tensors) != set(head):
+        return f"tensors {sorted(reply.tensors)} instead of {sorted(head)}"
+    for name, start in head.items():
+        tensor = reply.tensors[name]
+        if tensor.dtype != np.float32:
+            return f"{name} is {tensor.dtype} instead of float32"
+        if tensor.shape != (count, *start.shape):
+            return f"{name} has shape {tensor.shape[1:]} instead of {start.shape}"
+    for what, values in (("num_examples", reply.num_examples), ("loss", reply.loss)):
+        if values.shape != (count,):
+            return f"{what} has shape {values.shape} instead of {(count,)}"
+    if reply.num_examples.dtype.kind not in "iu":
+        return f"num_examples is {reply.num_examples.dtype} instead of int64"
+    return None
+
+
+def _merge(blocks: list[ClientUpdates], plan: RoundPlan, head: Head) -> ClientUpdates:
+    if len(blocks) == 1 and bool(np.all(np.diff(blocks[0].clients) > 0)):
+        return blocks[0]
+    clients = np.concatenate([b.clients for b in blocks] or [np.empty(0, np.int64)])
+    order = np.argsort(clients)
+    tensors = {
+        name: np.concatenate(
+            [b.tensors[name] for b in blocks] or [np.empty((0, *start.shape), np.float32)]
+        )[order]
+        for name, start in head.items()
+    }
+    examples = np.concatenate([b.num_examples for b in blocks] or [np.empty(0, np.int64)])
+    loss = np.concatenate([b.loss for b in blocks] or [np.empty(0)])
+    return ClientUpdates(plan.round, clients[order], tensors, examples[order], loss[order])
+
+
+def _judge(
+    updates: ClientUpdates, head: Head, declared: Int64, max_norm_ratio: float
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], Float64, dict[int, str]]:
+    """Which clients' values may be added (bool [k]), all norms, and the refusals."""
+    count = len(updates.clients)
+    squares = np.zeros(count)
+    culprit = np.full(count, "", object)
+    with np.errstate(all="ignore"):  # values that overflow are exactly what is looked for
+        for name, start in head.items():
+            delta = (updates.tensors[name] - start).reshape(count, start.size)
+            # float64 cannot overflow on squares of float32: a sum is finite if all its terms are
+            squares += np.einsum("kp,kp->k", delta, delta, dtype=np.float64)
+            culprit[~np.isfinite(squares) & (culprit == "")] = name
+    finite, norms = np.isfinite(squares), np.sqrt(squares)
+    right = updates.num_examples == declared[updates.clients]
+    median = float(np.median(norms[finite & right])) if (finite & right).any() else 0.0
+    bounded = (norms <= max_norm_ratio * median) if median > 0 else np.ones(len(norms), bool)
+    refused: dict[int, str] = {}
+    for i in np.flatnonzero(~(finite & right & bounded)).tolist():
+        client = int(updates.clients[i])
+        if not finite[i]:
+            refused[client] = f"{culprit[i]} has a value that is not finite"
+        elif not right[i]:
+            refused[client] = (
+                f"says it trained on {int(updates.num_examples[i])} examples, "
+                f"declared {int(declared[client])}"
+            )
+        else:
+            refused[client] = (
+                f"its update is {norms[i] / median:.3g} times the cohort's median, "
+                f"allowed {max_norm_ratio:g}"
+            )
+    return finite & right & bounded, norms, refused

@@ -1,0 +1,286 @@
+"""What a person sees: the plan, a live table with a progress bar, the verdict.
+
+On a terminal it moves; elsewhere (a log file, CI) it is plain lines, one a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedtl.build import Built, OpenedData
+from fedtl.doctor import Finding
+from fedtl.evaluation.verdicts import Verdict
+from fedtl.forecast import Forecast
+from fedtl.transfer.features import FeatureStore, StoreEntry
+from fedtl.types import ClientUpdates
+
+ROWS_SHOWN = 10
+"""Rounds in the live table; all of them are in rounds.parquet."""
+
+SHOWN_CLIENTS = 12
+"""Clients in the table of the verdict; all of them are in clients.parquet."""
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that reads well."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in a form that reads well; an estimate that is not known is said to be so."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def percent(value: Any) -> str:
+    """A fraction as per cent; undefined as a dash."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def plain_table(*columns: str, title: str | None = None) -> Table:
+    """A table without frame, numbers to the right: easy to read and to copy."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def plan_table(opened: OpenedData, plan: Forecast) -> Table:
+    """What will happen and what it will cost."""
+    scenario, backbone = opened.scenario, opened.backbone
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    domains = f" in {plan.domains} domains" if plan.domains > 1 else ""
+    what = "examples" if opened.examples.images is None else "images"
+    rows = {
+        "data": f"{scenario.data.source}: {plan.examples:,} {what}, {plan.classes} classes, "
+        f"{plan.train:,} to train on, {plan.test:,} to be judged on",
+        "clients": f"{plan.clients}{domains}, {scenario.clients.partition} split, "
+        f"{plan.cohort} in each round",
+        "backbone": f"{backbone.name}, weights {backbone.weights_source}, frozen, "
+        + ("features are in the store" if plan.cached else f"{backbone.image_size} px"),
+        "training": f"{scenario.strategy.name}, {plan.rounds} rounds of "
+        f"{scenario.training.local_epochs} local epochs, {scenario.head.kind} head of "
+        f"{plan.head_parameters:,} parameters",
+        "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
+        "memory": f"about {size(plan.memory_bytes)}, features {size(plan.feature_bytes)} on disk",
+        "time": f"about {duration(plan.extract_seconds)} for the trunk, "
+        f"{duration(plan.train_seconds)} for the rounds",
+        "privacy": "data stay at the clients; no differential privacy, epsilon is not bounded",
+    }
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/]", escape(text))
+    return table
+
+
+class Terminal:
+    """Shows one run on a console. Use as a context, so that the screen is left in order."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=None, visible=False)
+        self._rows: list[tuple[str, ...]] = []
+        self._live: Live | None = None
+        self._rounds = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def planned(self, opened: OpenedData, plan: Forecast) -> None:
+        """Prints the plan."""
+        self._rounds = plan.rounds
+        self.console.print(f"[bold]{escape(opened.scenario.name)}[/] [dim]the plan[/]")
+        self.console.print(plan_table(opened, plan))
+        self.console.print()
+
+    def extracting(self, done: int, total: int) -> None:
+        """Moves the bar of images."""
+        if not self.console.is_terminal:
+            if done == total:
+                self.console.print(f"{total:,} images went through the trunk once")
+            return
+        self._show("images through the trunk", done, total)
+
+    def ready(self, built: Built) -> None:
+        """Says what was found on the way."""
+        self._stop()
+        for note in built.features.notes:
+            self.console.print(f"[yellow]note[/] {escape(note)}")
+        if built.leaks.train_test or built.leaks.between_clients:
+            self.console.print(
+                f"[yellow]note[/] the same content is in train and test {built.leaks.train_test} "
+                f"times and at two clients {built.leaks.between_clients} times; allowed here"
+            )
+        if not self.console.is_terminal:
+            self.console.print(self._table())
+
+    def round_done(self, row: Mapping[str, Any], updates: ClientUpdates) -> None:
+        """Adds a line to the table."""
+        moved = row["bytes_up"] + row["bytes_down"]
+        cells = (
+            str(row["round"]),
+            percent(row["accuracy"]),
+            percent(row["balanced_accuracy"]),
+            percent(row["worst_decile_accuracy"]),
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            f"{row['accepted']}/{row['cohort']}",
+            size(moved),
+            f"{row['seconds']:.2f}",
+        )
+        self._rows.append(cells)
+        for failure in updates.failures[:3]:
+            self.console.print(f"[yellow]client {failure.client}[/] {escape(failure.reason)}")
+        if self.console.is_terminal:
+            self._show("rounds", row["round"], self._rounds)
+        else:
+            self.console.print("  ".join(cell.rjust(8) for cell in cells))
+
+    def comparing(self, reference: str) -> None:
+        """Says which reference is being trained."""
+        if self.console.is_terminal:
+            self._show(f"reference {reference}", None, None)
+
+    def finished(self, summary: Mapping[str, Any], verdict: Verdict, folder: Path) -> None:
+        """Prints the comparison, the verdict and what to type next."""
+        self._stop()
+        self.console.print()
+        self.console.print(comparison_table(summary))
+        self.console.print(f"\n[bold]{escape(verdict.headline)}[/]")
+        for line in verdict.lines:
+            self.console.print(escape(line), highlight=False)
+        seconds = summary["seconds"]
+        self.console.print(
+            f"Moved {size(summary['bytes_up'] + summary['bytes_down'])} "
+            f"in {seconds['total']:.1f} s (trunk {seconds['extract']:.1f}, "
+            f"rounds {seconds['train']:.1f}); everything is in {escape(str(folder))}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        self.console.print("\n[bold]Next[/]")
+        for command in next_commands(summary):
+            self.console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
+
+    def _table(self) -> Table:
+        columns = ("round", "accuracy", "balanced", "worst 10 %", "loss", "clients", "moved", "s")
+        table = plain_table(*columns)
+        for cells in self._rows[-ROWS_SHOWN:]:
+            table.add_row(*cells)
+        return table
+
+    def _show(self, what: str, done: int | None, total: int | None) -> None:
+        self._bar.update(
+            self._task, description=what, completed=done or 0, total=total, visible=True
+        )
+        content = Group(self._table(), self._bar) if self._rows else self._bar
+        if self._live is None:
+            self._live = Live(content, console=self.console, refresh_per_second=8)
+            self._live.start()
+        self._live.update(content)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._bar.update(self._task, visible=False)
+            self._live.update(self._table() if self._rows else "", refresh=True)
+            self._live.stop()
+            self._live = None
+
+
+def comparison_table(summary: Mapping[str, Any]) -> Table:
+    """Federated beside its references, each judged at home and on everybody's examples."""
+    table = plain_table("head", "own tests", "everybody's", "worst 10 %", "spread")
+    heads = {"federated": summary["final"], **summary["references"]}
+    words = {"local_only": "each client alone", "centralised": "everybody pooled"}
+    for name, facts in heads.items():
+        table.add_row(
+            words.get(name, name),
+            percent(facts["accuracy"]),
+            percent(facts["accuracy_everyone"]),
+            percent(facts["worst_decile_accuracy"]),
+            percent(facts["spread"]),
+        )
+    return table
+
+
+def next_commands(summary: Mapping[str, Any]) -> list[str]:
+    """Three commands worth typing after this run."""
+    name = summary["name"]
+    other = "fedprox" if summary["strategy"] == "fedavg" else "fedavg"
+    return [
+        f"fedtl run {name} --set strategy.name={other}",
+        f"fedtl run {name} --set clients.alpha=0.1 --seeds 3",
+        "fedtl list",
+    ]
+
+
+def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
+    """``fedtl list``."""
+    for kind, names in found.items():
+        console.print(f"[bold]{kind}[/]")
+        console.print(f"  {escape(', '.join(names))}\n", highlight=False)
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """``fedtl doctor``."""
+    table = plain_table("", "", "", "")
+    table.show_header = False
+    for column in table.columns:
+        column.justify = "left"
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
+        fix = "" if finding.ok else finding.fix
+        table.add_row(mark, finding.what, escape(finding.detail), escape(fix))
+    console.print(table)
+
+
+def print_entries(console: Console, store: FeatureStore, entries: Sequence[StoreEntry]) -> None:
+    """``fedtl cache ls``."""
+    table = plain_table("key", "backbone", "images", "size", "last used")
+    for entry in entries:
+        used = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
+        table.add_row(
+            entry.key[:16], escape(entry.backbone), f"{entry.images:,}", size(entry.num_bytes), used
+        )
+    console.print(table if entries else "the store is empty")
+    console.print(escape(str(store.root)), soft_wrap=True)
+
+
+def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
+    console.print()
+    table = plain_table("seed", "federated", *summaries[0]["references"])
+    heads = [[s["final"], *s["references"].values()] for s in summaries]
+    for summary, row in zip(summaries, heads, strict=True):
+        table.add_row(str(summary["seed"]), *(percent(facts["accuracy"]) for facts in row))
+    columns = [[facts["accuracy"] for facts in column] for column in zip(*heads, strict=True)]
+    if all(value is not None for column in columns for value in column):
+        table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
+        table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))
+    console.print(table)

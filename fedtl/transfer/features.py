@@ -1,0 +1,371 @@
+"""The feature store: the trunk runs once per image, its features are kept by what made them.
+
+The key is a hash of the backbone's identity (weights, cut, preprocessing), the dtype, the way the
+trunk was run, the data's fingerprint and the store's format: another model or another resize never
+finds these features. Simulated and real clients use the same store.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from fedtl import machine
+from fedtl.data.examples import Images
+from fedtl.errors import EnvironmentFault, InputError, writing
+from fedtl.results.files import sync_folder
+from fedtl.transfer import entries, extraction, pipeline
+from fedtl.transfer.backbones import Backbone
+from fedtl.types import Int64
+
+FORMAT = 1
+_SPARE_BYTES = 16 << 20  # left free on the disk beside what the features take
+_NAMED = 5  # bad files that a message names
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """Features of one data source under one backbone.
+
+    Attributes:
+        matrix: [n_kept, D] float32 or float16, a read-only memory map.
+        content: BLAKE2b-128 of each image's decoded pixels, uint8 [n_kept, 16].
+        kept: which examples the rows are, int64 [n_kept], ascending.
+        seconds: what this call took.
+        cached: whether the features were there already.
+        way: how the trunk was run.
+        num_bytes: size of the matrix on disk.
+        notes: what the user should know, one line each.
+        path: the ``.npy`` file of the matrix, for other processes to map.
+        max_difference: to eager float32 torch on a sample, absolute.
+    """
+
+    matrix: npt.NDArray[np.floating]
+    content: npt.NDArray[np.uint8]
+    kept: Int64
+    seconds: float
+    cached: bool
+    way: str
+    num_bytes: int
+    notes: tuple[str, ...]
+    path: Path
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """One line of the store's listing; times are seconds since the epoch."""
+
+    key: str
+    backbone: str
+    images: int
+    num_bytes: int
+    created: float
+    last_used: float
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One call of ``FeatureStore.features`` on its way down."""
+
+    backbone: Backbone
+    images: Images
+    fingerprint: str
+    dtype: str
+    on_bad_file: str
+    threads: int
+    progress: Callable[[int, int], None] | None
+    started: float = field(default_factory=time.perf_counter)
+
+    def key(self, way: str) -> str:
+        identity = {"format": FORMAT, "backbone": self.backbone.identity(), "way": way}
+        return extraction.digest_of({**identity, "dtype": self.dtype, "data": self.fingerprint})
+
+
+class FeatureStore:
+    """Stored features under ``root`` (default ``$FEDTL_CACHE``, else ``~/.cache/fedtl``)."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        default = Path(os.environ.get("FEDTL_CACHE") or "~/.cache/fedtl").expanduser()
+        self.root = root if root is not None else default
+        self._folder = self.root / "features"
+        self._quarantine = self._folder / "quarantine"
+        self._exports = extraction.Exports(self.root / "trunks")
+
+    def features(
+        self,
+        backbone: Backbone,
+        images: Images,
+        fingerprint: str,
+        *,
+        dtype: str = "float32",
+        way: str = "auto",
+        device: str = "auto",
+        on_bad_file: str = "stop",
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> StoredFeatures:
+        """The features of ``images`` under ``backbone``, from the store or made now.
+
+        Of several processes that ask for the same, one makes them and the others wait for it.
+
+        Args:
+            backbone: any but ``identity``.
+            images: the data's images.
+            fingerprint: hash over the data's content; part of the key.
+            dtype: "float32" or "float16".
+            way: "auto", "onnx", "torch"; "auto" takes CUDA where there is one, else ONNX Runtime,
+                else torch, and the one taken is part of the key.
+            device: "auto", "cpu" or "cuda".
+            on_bad_file: "stop", or "skip" to leave out images that cannot be decoded.
+            threads: workers that decode and run the trunk.
+            progress: called with (images done, images) in this thread; may raise to stop.
+
+        Raises:
+            InputError: images that cannot be decoded, no image at all, or a trunk not frozen.
+            EnvironmentFault: not enough disk, the store cannot be written, no CUDA.
+        """
+        order = _Order(backbone, images, fingerprint, dtype, on_bad_file, max(1, threads), progress)
+        if len(images) == 0:
+            raise InputError("there is no image to extract features from", where="data")
+        resolved = extraction.resolve_way(way, device, backbone, self._exports)
+        try:
+            return self._open_or_build(order, resolved, [])
+        except extraction.ExportRefused as refusal:
+            if way == "onnx":
+                raise EnvironmentFault(
+                    f"{backbone.name} cannot be run by ONNX Runtime: {refusal}",
+                    where="backbone.extraction",
+                    got="'onnx'",
+                    do="Set backbone.extraction = 'auto' or 'torch'",
+                ) from refusal
+            note = f"{backbone.name} is run by torch, not ONNX Runtime: {refusal}"
+            return self._open_or_build(order, "torch", [note])
+
+    def entries(self) -> tuple[StoreEntry, ...]:
+        """What the store holds, least recently used first; damaged entries are left out."""
+        found = []
+        for path in self._folder.glob(f"*/{entries.MANIFEST}"):
+            if path.parent.name.startswith("."):
+                continue
+            try:
+                manifest = entries.read_manifest(path.parent)
+            except entries.DamagedEntry:
+                continue
+            found.append(
+                StoreEntry(
+                    path.parent.name,
+                    str(manifest["backbone"]["model"]),
+                    int(manifest["rows"]),
+                    _folder_bytes(path.parent),
+                    float(manifest["created"]),
+                    path.stat().st_mtime,
+                )
+            )
+        return tuple(sorted(found, key=lambda entry: entry.last_used))
+
+    def remove(self, key: str | None = None) -> int:
+        """Delete one entry, or everything with exported trunks and quarantine; bytes freed.
+
+        Raises:
+            InputError: no such entry.
+        """
+        known = {entry.key for entry in self.entries()}
+        if key is not None and key not in known:
+            raise InputError(
+                "there is no such entry in the feature store",
+                where=self._folder,
+                got=key,
+                do="'fedtl cache ls' shows all entries",
+            )
+        freed = 0
+        for name in [key] if key is not None else sorted(known):
+            with self._locked(name, []):
+                freed += _remove_folder(self._folder / name)
+        if key is None:
+            freed += _remove_folder(self._quarantine) + _remove_folder(self.root / "trunks")
+        return freed
+
+    def _open_or_build(self, order: _Order, way: str, notes: list[str]) -> StoredFeatures:
+        key = order.key(way)
+        with self._locked(key, notes):
+            for stale in self._folder.glob(f".building-{key}-*"):
+                shutil.rmtree(stale, ignore_errors=True)  # its owner died: the lock is ours
+            folder = self._folder / key
+            found = self._sound(key, order.threads, notes)
+            if not (cached := found is not None):
+                self._build(order, way, key)
+                found = entries.open_entry(folder, order.threads)
+            with writing("the feature store", folder):
+                os.utime(folder / entries.MANIFEST)  # last used
+        manifest, (matrix, content, kept) = found
+        bad = [str(name) for name in manifest["bad"]]
+        if bad:
+            if order.on_bad_file == "stop":
+                raise _bad_images(bad, int(manifest["num_bad"]), len(order.images))
+            notes.append(f"left out {_named(bad, int(manifest['num_bad']))}")
+        return StoredFeatures(
+            matrix,
+            content,
+            kept,
+            time.perf_counter() - order.started,
+            cached,
+            way,
+            matrix.nbytes,
+            tuple(notes),
+            folder / entries.ARRAYS[0],
+            float(manifest["max_difference"]),
+        )
+
+    def _sound(self, key: str, threads: int, notes: list[str]) -> entries.Opened | None:
+        """The entry, verified; a damaged one is moved away, and that is noted."""
+        folder = self._folder / key
+        if not folder.exists():
+            return None
+        try:
+            return entries.open_entry(folder, threads)
+        except entries.DamagedEntry as damage:
+            with writing("the feature store", self._quarantine):
+                self._quarantine.mkdir(exist_ok=True)
+                _remove_folder(self._quarantine / key)
+                os.replace(folder, self._quarantine / key)
+            notes.append(f"stored features were damaged ({damage}); moved away and made again")
+            return None
+
+    def _build(self, order: _Order, way: str, key: str) -> None:
+        backbone, images = order.backbone, order.images
+        forward = extraction.open_forward(
+            way,
+            backbone,
+            self._exports,
+            lambda: pipeline.sample_batch(images, backbone.preprocessing, 16),
+        )
+        self._check_disk(len(images), forward.dim, order.dtype)
+        with writing("the feature store", self._folder):
+            folder = Path(tempfile.mkdtemp(prefix=f".building-{key}-", dir=self._folder))
+        try:
+            self._fill(order, forward, folder)
+            with writing("the feature store", self._folder):
+                os.replace(folder, self._folder / key)
+                sync_folder(self._folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _fill(self, order: _Order, forward: extraction.Forward, folder: Path) -> None:
+        images, count = order.images, len(order.images)
+        stop = order.on_bad_file == "stop"
+        file = entries.FeatureFile(folder / entries.ARRAYS[0], count, forward.dim, order.dtype)
+        began = time.perf_counter()
+        try:
+            result = pipeline.extract(
+                images,
+                order.backbone.preprocessing,
+                forward,
+                file.write,
+                stop_on_bad=stop,
+                threads=order.threads,
+                progress=order.progress,
+            )
+            extraction.refuse_changed(forward.trunk_hash, forward.state_hash())
+            names = [str(error) for error in result.bad.values()]
+            if names and (stop or len(names) == count):
+                raise _bad_images(names, len(names), count)
+            kept = np.setdiff1d(np.arange(count, dtype=np.int64), list(result.bad))
+            file.keep(kept)
+        finally:
+            file.close()
+        with writing("the feature store", folder):
+            np.save(folder / entries.ARRAYS[1], result.content[kept])
+            np.save(folder / entries.ARRAYS[2], kept)
+        manifest = {
+            "format": FORMAT,
+            "backbone": order.backbone.identity(),
+            "data": order.fingerprint,
+            "rows": len(kept),
+            "dim": forward.dim,
+            "dtype": order.dtype,
+            "way": forward.way,
+            "trunk_before": forward.trunk_hash,
+            "trunk_after": forward.state_hash(),
+            "max_difference": forward.max_difference,
+            "created": time.time(),
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "build_seconds": time.perf_counter() - began,
+            "num_bad": len(names),
+            "bad": names[:_NAMED],
+            "versions": machine.versions(),
+            "cpu": machine.cpu_model(),
+        }
+        entries.seal(folder, manifest, order.threads)
+
+    def _check_disk(self, rows: int, dim: int, dtype: str) -> None:
+        needed = rows * (dim * np.dtype(dtype).itemsize + pipeline.CONTENT_BYTES + 8)
+        free = shutil.disk_usage(self._folder).free
+        if needed + _SPARE_BYTES > free:
+            raise EnvironmentFault(
+                "not enough disk for the features",
+                where=self.root,
+                got=f"{free:,} bytes free",
+                allowed=f"at least {needed + _SPARE_BYTES:,} bytes",
+                do="Free some space ('fedtl cache rm'), set FEDTL_CACHE to another folder, "
+                "or backbone.feature_dtype = 'float16'",
+            )
+
+    @contextmanager
+    def _locked(self, key: str, notes: list[str]) -> Iterator[None]:
+        with writing("the feature store", self.root):
+            locks = self._folder / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            # The kernel frees it when its owner dies, however it dies.
+            lock = FileLock(locks / f"{key}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                began = time.perf_counter()
+                lock.acquire(poll_interval=0.1)
+                waited = time.perf_counter() - began
+                notes.append(f"waited {waited:.1f} s for another process with the same features")
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _bad_images(names: list[str], num_bad: int, total: int) -> InputError:
+    every = num_bad == total
+    return InputError(
+        "no image can be decoded" if every else "some images cannot be decoded",
+        where="data",
+        got=_named(names, num_bad),
+        do="Mend or remove them"
+        + ("" if every else ", or set data.on_bad_file = 'skip' to leave them out"),
+    )
+
+
+def _named(names: list[str], num_bad: int) -> str:
+    more = f", and {num_bad - _NAMED} more" if num_bad > _NAMED else ""
+    return f"{num_bad} image{'s' if num_bad != 1 else ''}: {'; '.join(names[:_NAMED])}{more}"
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _remove_folder(folder: Path) -> int:
+    if not folder.exists():
+        return 0
+    freed = _folder_bytes(folder)
+    with writing("the feature store", folder):
+        shutil.rmtree(folder)
+    return freed

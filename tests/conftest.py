@@ -1,0 +1,101 @@
+"""What tests share: small federations, real data where present, a feature store of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedtl.types import ClientUpdates, Population, Rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests never touch the user's feature store; one store serves the whole session."""
+    os.environ["FEDTL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("FEDTL_FAIL", None)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """A file of the real data folder, or a skip that says what is missing."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"real data not here: {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def population() -> Population:
+    """Five ragged clients, three classes that a linear head can mostly tell apart."""
+    rng = np.random.default_rng(0)
+    counts, tests = [30, 7, 55, 12, 20], [8, 3, 10, 4, 5]
+    total = sum(counts) + sum(tests)
+    labels = rng.integers(0, 3, total).astype(np.int32)
+    features = rng.normal(size=(total, 9)).astype(np.float32)
+    features[np.arange(total), labels] += 2
+    ends = np.cumsum([0, *counts]).astype(np.int64)
+    test_ends = np.cumsum([0, *tests]).astype(np.int64)
+    return Population(
+        features,
+        labels,
+        ("a", "b", "c"),
+        Rows(np.arange(sum(counts), dtype=np.int64), ends),
+        Rows(np.arange(sum(counts), total, dtype=np.int64), test_ends),
+        tuple(f"client-{i}" for i in range(5)),
+        ("x", "x", "x", "y", "y"),
+    )
+
+
+@pytest.fixture
+def updates() -> Callable[..., ClientUpdates]:
+    """A maker of updates: round, client ids, one [k, ...] array per tensor."""
+
+    def make(
+        tensors: Mapping[str, np.ndarray],
+        *,
+        clients: list[int] | None = None,
+        examples: list[int] | None = None,
+        round: int = 1,
+    ) -> ClientUpdates:
+        size = len(next(iter(tensors.values())))
+        return ClientUpdates(
+            round,
+            np.array(clients if clients is not None else range(size), np.int64),
+            {name: np.asarray(t, np.float32) for name, t in tensors.items()},
+            np.array(examples or [10] * size, np.int64),
+            np.ones(size),
+        )
+
+    return make
+
+
+@pytest.fixture
+def fedtl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line as a user would, in an empty folder."""
+
+    def call(
+        *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fedtl.cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=cwd or tmp_path,
+            env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **(env or {})},
+        )
+
+    return call

@@ -1,0 +1,71 @@
+"""Every strategy goes through one list of checks."""
+
+import numpy as np
+import pytest
+
+from fedtl.strategies import STRATEGIES
+
+HEAD = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
+
+
+@pytest.fixture(params=list(STRATEGIES))
+def strategy(request):
+    return STRATEGIES[request.param]()
+
+
+def cohort(updates, seed: int = 0, size: int = 6):
+    rng = np.random.default_rng(seed)
+    tensors = {name: t + rng.normal(size=(size, *t.shape)) for name, t in HEAD.items()}
+    return updates(tensors, examples=rng.integers(1, 99, size).tolist())
+
+
+def test_step_is_pure(strategy, updates) -> None:
+    given = cohort(updates)
+    before = strategy.init(HEAD)
+    kept = {name: tensor.copy() for name, tensor in before.head.items()}
+    first, again = strategy.step(before, given), strategy.step(before, given)
+    for name in HEAD:
+        assert first.head[name].tobytes() == again.head[name].tobytes()
+        assert before.head[name].tobytes() == kept[name].tobytes()
+
+
+def test_heads_stay_float32_and_keep_their_shapes(strategy, updates) -> None:
+    state = strategy.step(strategy.init(HEAD), cohort(updates))
+    assert {n: (t.shape, t.dtype) for n, t in state.head.items()} == {
+        n: (t.shape, np.dtype(np.float32)) for n, t in HEAD.items()
+    }
+
+
+def test_clients_that_do_not_move_leave_the_head_where_it_is(strategy, updates) -> None:
+    still = updates({name: np.stack([t, t, t]) for name, t in HEAD.items()})
+    state = strategy.step(strategy.init(HEAD), still)
+    assert all(state.head[n].tobytes() == HEAD[n].tobytes() for n in HEAD)
+
+
+def test_identical_clients_equal_one_of_them(strategy, updates) -> None:
+    one = cohort(updates, size=1)
+    many = updates({n: np.repeat(t, 5, axis=0) for n, t in one.tensors.items()})
+    a = strategy.step(strategy.init(HEAD), one)
+    b = strategy.step(strategy.init(HEAD), many)
+    for name in HEAD:
+        np.testing.assert_allclose(a.head[name], b.head[name], rtol=1e-6, atol=1e-7)
+
+
+def test_only_the_weights_of_examples_matter_not_their_scale(strategy, updates) -> None:
+    tensors = cohort(updates, size=2).tensors
+    a = strategy.step(strategy.init(HEAD), updates(tensors, examples=[1, 3]))
+    b = strategy.step(strategy.init(HEAD), updates(tensors, examples=[10, 30]))
+    for name in HEAD:
+        np.testing.assert_allclose(a.head[name], b.head[name], rtol=1e-6)
+
+
+def test_state_can_be_saved_in_mid_run(strategy, updates) -> None:
+    from safetensors.numpy import load, save
+
+    from fedtl.strategies import ServerState
+
+    state = strategy.step(strategy.init(HEAD), cohort(updates, 1))
+    slots = load(save(dict(state.slots))) if state.slots else {}
+    restored = ServerState(load(save(dict(state.head))), slots)
+    a, b = strategy.step(state, cohort(updates, 2)), strategy.step(restored, cohort(updates, 2))
+    assert all(a.head[n].tobytes() == b.head[n].tobytes() for n in HEAD)
