@@ -2,8 +2,8 @@
 
     python benchmarks/extraction.py [--sizes 64 96 224] [--weights FILE] [--images ZIP_OR_FOLDER]
 
-Every measurement is a process of its own, since malloc is tuned by the environment. Printed per way:
-images per second (best of the repetitions), the ratio to malloc-tuned eager, and the largest
+Every measurement is a process of its own, since malloc is tuned by the environment. Printed per
+way: images per second (best of the repetitions), the ratio to malloc-tuned eager, and the largest
 absolute difference to eager. Then, from JPEG files through the feature store: end to end against
 the forward pass alone.
 """
@@ -43,6 +43,7 @@ TUNED = {
 }
 IMAGES = {64: 1536, 96: 768, 128: 512, 224: 160}
 EAGER_BATCH = 32
+SUFFIXES = (".jpg", ".jpeg")
 
 
 def main() -> None:
@@ -65,9 +66,8 @@ def main() -> None:
             compare_ways(model, size, options.weights, options.repetitions)
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_files(options.images, Path(folder))
-        print(
-            f"\nfrom {len(files)} JPEG files\n{'px':>4} {'forward/s':>10} {'end to end/s':>13} ratio"
-        )
+        print(f"\nfrom {len(files)} JPEG files")
+        print(f"{'px':>4} {'forward/s':>10} {'end to end/s':>13} ratio")
         for size in options.sizes:
             from_files(files, size, options.repetitions)
 
@@ -78,14 +78,14 @@ def compare_ways(model: str, size: int, weights: str, repetitions: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:
             output = str(Path(folder) / f"{way}.npy")
-            task = dict(
-                way=way.split(",")[0],
-                model=model,
-                size=size,
-                weights=weights,
-                repetitions=repetitions,
-                output=output,
-            )
+            task = {
+                "way": way.split(",")[0],
+                "model": model,
+                "size": size,
+                "weights": weights,
+                "repetitions": repetitions,
+                "output": output,
+            }
             environment = {**os.environ, **(TUNED if "tuned" in way else {})}
             command = [sys.executable, __file__, "--one", json.dumps(task)]
             reply = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
@@ -143,12 +143,14 @@ def run_forward(
     """One of fedtl's ways over pixels in memory, one worker per core as in the pipeline."""
     starts = range(0, len(pixels), forward.batch)
     threads, best = allowed_cores(), float("inf")
-    with forward.threads(threads) as start_thread:
-        with ThreadPoolExecutor(threads, initializer=start_thread) as pool:
-            for _ in range(repetitions):
-                began = time.perf_counter()
-                parts = list(pool.map(lambda s: forward.run(pixels[s : s + forward.batch]), starts))
-                best = min(best, time.perf_counter() - began)
+    with (
+        forward.threads(threads) as start_thread,
+        ThreadPoolExecutor(threads, initializer=start_thread) as pool,
+    ):
+        for _ in range(repetitions):
+            began = time.perf_counter()
+            parts = list(pool.map(lambda s: forward.run(pixels[s : s + forward.batch]), starts))
+            best = min(best, time.perf_counter() - began)
     return np.concatenate(parts), best
 
 
@@ -201,7 +203,7 @@ def jpeg_files(source: Path | None, folder: Path) -> list[Path]:
         )
     if source is not None:
         with zipfile.ZipFile(source) as archive:
-            names = [n for n in archive.namelist() if n.lower().endswith((".jpg", ".jpeg"))]
+            names = [n for n in archive.namelist() if n.lower().endswith(SUFFIXES)]
             for i, name in enumerate(names):
                 (folder / f"{i:05}.jpg").write_bytes(archive.read(name))
     else:

@@ -199,17 +199,20 @@ def _console(as_json: bool) -> Any:
 
 def main() -> None:
     """Run the command line; every expected error is one line and an exit code."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    sys.exit(_guarded(arguments, debug))
+    sys.exit(run_command(sys.argv[1:]))
 
 
-def _guarded(arguments: list[str], debug: bool) -> int:
-    """Exit code of a command, with its error told on standard error."""
+def run_command(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors are told on standard error.
+
+    ``--debug`` anywhere among the arguments lets errors through with their traceback.
+    """
     import click
 
     from fedtl.errors import EXIT_BUG, FedtlError
 
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         result = app(arguments, prog_name="fedtl", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -144,7 +144,7 @@ def unknown_name(kind: str, name: str, names: Iterable[str], where: object = Non
     )
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @contextmanager

@@ -83,18 +83,40 @@ def updates() -> Callable[..., ClientUpdates]:
 
 
 @pytest.fixture
-def fedtl(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command line as a user would, in an empty folder."""
+def fedtl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line in this process, called in the test's own folder: quick."""
+    from fedtl.cli import run_command
 
     def call(
-        *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        *arguments: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name, value in {"NO_COLOR": "1", "COLUMNS": "120", **(env or {})}.items():
+                patch.setenv(name, value)
+            capfd.readouterr()
+            code = run_command(list(arguments))
+            out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def fedtl_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line as a process of its own, for what a process must die of."""
+
+    def call(
+        *arguments: str, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "fedtl.cli", *arguments],
             capture_output=True,
             text=True,
             timeout=300,
-            cwd=cwd or tmp_path,
+            cwd=tmp_path,
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **(env or {})},
         )
 

@@ -88,8 +88,9 @@ def _forward(
 
 @njit(nogil=True, cache=True)
 def _backward(
-    table: Int64, num: int, residual: Float32, grad: Float32, grad_bias: Float32, length: int
-) -> None:
+    table: Int64, upcoming: Int64, num: int,
+    residual: Float32, grad: Float32, grad_bias: Float32, length: int,
+) -> None:  # fmt: skip
     """Add the gradient of ``num`` samples."""
     num_classes = len(grad_bias)
     v = 0
@@ -97,7 +98,7 @@ def _backward(
         vectors = VECTORS if length - v >= VECTORS else 1
         for c in range(0, num_classes, CLASSES):
             classes = min(CLASSES, num_classes - c)
-            gradient(table, residual, grad, v * LANES, c, num, vectors, classes)
+            gradient(table, upcoming, residual, grad, v * LANES, c, num, vectors, classes)
         v += vectors
     for c in range(num_classes):
         for s in range(num):
@@ -180,7 +181,7 @@ def train_block(
     speed_bias, grad_bias = np.zeros(num_classes, np.float32), np.zeros(num_classes, np.float32)
     logits = _aligned(num_classes, BLOCK)
     top, total = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    table = np.zeros(BLOCK, np.int64)
+    table, upcoming = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
     packed = _aligned(0 if width % LANES == 0 else BLOCK, stride)
     for i in range(len(starts)):
         rows = index[starts[i] : stops[i]]
@@ -190,10 +191,12 @@ def train_block(
         weight[:, :width] = weights[first]
         bias[:] = biases[first]
         start[:], start_bias[:], speed[:], speed_bias[:] = weight, bias, 0.0, 0.0
-        order = np.empty(len(rows), np.int64)
+        order, later = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
         loss = 0.0
+        fill_order(keys[i], 0, later)
         for epoch in range(epochs):
-            fill_order(keys[i], epoch, order)
+            order, later = later, order
+            fill_order(keys[i], epoch + 1, later)
             for low in range(0, len(rows), batch_size):
                 high = min(low + batch_size, len(rows))
                 share = np.float32(1.0 / (high - low))
@@ -217,7 +220,11 @@ def train_block(
                             logits[c, s] *= total[s]
                     for s in range(num):
                         logits[labels[chosen[s]], s] -= share
-                    _backward(table, num, logits, grad, grad_bias, length)
+                    after = s0 + BLOCK if s0 + BLOCK < high else high
+                    nextup = order[after:after+BLOCK] if after < len(rows) else later[:BLOCK]
+                    for s in range(min(len(nextup), batch_size)):
+                        upcoming[s] = features.ctypes.data + rows[nextup[s]] * width * 4
+                    _backward(table, upcoming, num, logits, grad, grad_bias, length)
                 _descend(weight.reshape(-1), start.reshape(-1), speed.reshape(-1),
                          grad.reshape(-1), rate, momentum, decay, proximal)  # fmt: skip
                 _descend(bias, start_bias, speed_bias, grad_bias, rate, momentum, decay, proximal)

@@ -97,10 +97,21 @@ def _accumulate(builder: Any, sums: Sequence[Sequence[Any]], left: list[Any], ri
             builder.store(_multiply_add(builder, a, b, builder.load(sums[i][j])), sums[i][j])
 
 
+def _fetch(builder: Any, row: Any, offset: Any) -> None:
+    """Ask for a cache line, to be in the second-level cache when it is needed."""
+    flag = ir.IntType(32)
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+    where = builder.bitcast(builder.gep(row, [offset]), byte)
+    read, soon, data = (ir.Constant(flag, value) for value in (0, 2, 1))
+    builder.call(prefetch, [where, read, soon, data])
+
+
 def _emit_scores(
-    builder: Any, table: Any, weight: _Matrix, out: _Matrix, at: Any, shape: tuple[int, int]
+    builder: Any, tables: list[Any], weight: _Matrix, out: _Matrix, at: Any, shape: tuple[int, int]
 ) -> None:
-    sample, cls, num_vectors = at
+    (table,), (sample, cls, num_vectors) = tables, at
     zero = ir.Constant(_INT, 0)
     samples = [builder.add(sample, ir.Constant(_INT, s)) for s in range(shape[0])]
     classes = [builder.add(cls, ir.Constant(_INT, c)) for c in range(shape[1])]
@@ -121,9 +132,9 @@ def _emit_scores(
 
 
 def _emit_gradient(
-    builder: Any, table: Any, residual: _Matrix, out: _Matrix, at: Any, shape: tuple[int, int]
+    builder: Any, tables: list[Any], residual: _Matrix, out: _Matrix, at: Any, shape: tuple[int, int]
 ) -> None:
-    column, cls, num_samples = at
+    (table, upcoming), (column, cls, num_samples) = tables, at
     columns = [builder.add(column, ir.Constant(_INT, LANES * v)) for v in range(shape[0])]
     classes = [builder.add(cls, ir.Constant(_INT, c)) for c in range(shape[1])]
     zero = ir.Constant(_INT, 0)
@@ -134,6 +145,10 @@ def _emit_gradient(
         for place, target in zip(line, targets, strict=True):
             builder.store(_load(builder, target, zero), place)
     with cgutils.for_range(builder, num_samples) as loop:
+        with builder.if_then(builder.icmp_signed("==", cls, zero)):
+            later = _row(builder, upcoming, loop.index)
+            for d in columns:
+                _fetch(builder, later, d)
         row = _row(builder, table, loop.index)
         left = [_load(builder, row, d) for d in columns]
         right = [
@@ -147,37 +162,48 @@ def _emit_gradient(
             )
 
 
-def _tiled(emit: Any, rows: int) -> Any:
-    """An intrinsic that runs the tile of ``extent`` (``rows`` or 1) x ``classes`` (1 to CLASSES)."""
+def _tiles(emit: Any, signature: Any, rows: int) -> Any:
+    """Code that runs the tile of the wanted shape: ``rows`` or 1, times 1 to CLASSES."""
 
-    def tile(
-        typingctx: Any, table: Any, left: Any, out: Any, first: Any, cls: Any, length: Any,
-        extent: Any, classes: Any,
-    ) -> Any:  # fmt: skip
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            addresses = context.make_array(signature.args[0])(context, builder, args[0]).data
-            matrices = [
-                _Matrix(context, builder, signature.args[i], args[i]) for i in (1, 2)
-            ]
-            for shape in [(r, c) for r in (rows, 1) for c in range(1, CLASSES + 1)]:
-                chosen = builder.and_(
-                    builder.icmp_signed("==", args[6], ir.Constant(_INT, shape[0])),
-                    builder.icmp_signed("==", args[7], ir.Constant(_INT, shape[1])),
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        arrays = list(zip(signature.args, args, strict=True))
+        tables = [
+            context.make_array(kind)(context, builder, value).data for kind, value in arrays[:-7]
+        ]
+        matrices = [_Matrix(context, builder, kind, value) for kind, value in arrays[-7:-5]]
+        for shape in [(r, c) for r in (rows, 1) for c in range(1, CLASSES + 1)]:
+            chosen = builder.and_(
+                *(
+                    builder.icmp_signed("==", wanted, ir.Constant(_INT, size))
+                    for wanted, size in zip(args[-2:], shape, strict=True)
                 )
-                with builder.if_then(chosen):
-                    emit(builder, addresses, *matrices, args[3:6], shape)
-            return context.get_dummy_value()
+            )
+            with builder.if_then(chosen):
+                emit(builder, tables, *matrices, args[-5:-2], shape)
+        return context.get_dummy_value()
 
-        count = types.int64
-        return types.void(table, left, out, count, count, count, count, count), codegen
-
-    return intrinsic(tile)
+    return types.void(*signature, *[types.int64] * 5), codegen
 
 
-scores = _tiled(_emit_scores, SAMPLES)
-"""scores(table, weight, out, sample, cls, num_vectors, samples, classes):
-out[c, s] = sum over d of row(s)[d] * weight[c, d], for one tile starting at (sample, cls)."""
+@intrinsic
+def scores(
+    typingctx: Any, table: Any, weight: Any, out: Any,
+    sample: Any, cls: Any, num_vectors: Any, samples: Any, classes: Any,
+) -> Any:  # fmt: skip
+    """out[c, s] = sum over d of row(s)[d] * weight[c, d].
 
-gradient = _tiled(_emit_gradient, VECTORS)
-"""gradient(table, residual, out, column, cls, num_samples, vectors, classes):
-out[c, d] += sum over s of residual[c, s] * row(s)[d], for one tile starting at (column, cls)."""
+    For one tile of ``samples`` (SAMPLES or 1) and ``classes`` (1 to CLASSES) from (sample, cls).
+    """
+    return _tiles(_emit_scores, (table, weight, out), SAMPLES)
+
+
+@intrinsic
+def gradient(
+    typingctx: Any, table: Any, upcoming: Any, residual: Any, out: Any,
+    column: Any, cls: Any, num_samples: Any, vectors: Any, classes: Any,
+) -> Any:  # fmt: skip
+    """out[c, d] += sum over s of residual[c, s] * row(s)[d], meanwhile fetching ``upcoming`` rows.
+
+    For one tile of ``vectors`` (VECTORS or 1) and ``classes`` (1 to CLASSES) from (column, cls).
+    """
+    return _tiles(_emit_gradient, (table, upcoming, residual, out), VECTORS)

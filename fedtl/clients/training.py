@@ -90,6 +90,7 @@ def _train_linear(
 
     run_blocks(work, num, threads=threads, block_size=block_size)
     return ClientUpdates(
+        round=plan.round,
         clients=clients,
         tensors={"weight": out_weights, "bias": out_biases},
         num_examples=population.train.counts[clients],

@@ -45,8 +45,8 @@ def load_arrays(data: Data) -> Examples:
     """Read ``x``, ``y`` and the optional ``domain``, ``client``, ``split`` and ``classes``.
 
     ``x`` is uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3] (images), or floating [n, d] (features,
-    kept as float32). ``y``, ``domain`` and ``client`` are whole numbers or strings [n]; ``split`` is
-    bool (is test), 0 / 1, or "train" / "test"; ``classes`` names the labels 0 to C - 1.
+    kept as float32). ``y``, ``domain`` and ``client`` are whole numbers or strings [n]; ``split``
+    is bool (is test), 0 / 1, or "train" / "test"; ``classes`` names the labels 0 to C - 1.
 
     Raises:
         InputError: everything wrong with the file at once.
@@ -178,7 +178,10 @@ def read_header(
             raise ValueError(f"array {member.filename!r} has npy format {version}")
         first = np.lib.format.read_array_header_1_0
         second = np.lib.format.read_array_header_2_0
-        shape, _, dtype = (first if version == (1, 0) else second)(file)
+        try:
+            shape, _, dtype = (first if version == (1, 0) else second)(file)
+        except Exception as error:  # NumPy parses it as Python text: any error of a parser
+            raise ValueError(f"array {member.filename!r} has a broken header") from error
         return shape, dtype, file.tell()
 
 
@@ -235,6 +238,7 @@ def encode(values: AnyArray, name: str) -> Column:
 def read_split(values: AnyArray) -> npt.NDArray[np.bool_]:
     """Whether each row is a test row."""
     values = flat(values, "split")
+    is_test: npt.NDArray[np.bool_]
     if values.dtype.kind == "U":
         wrong = set(values.tolist()) - set(SPLIT_WORDS)
         is_test = values == "test"

@@ -8,6 +8,7 @@ import stat
 import threading
 import zipfile
 import zlib
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Protocol
 
@@ -134,8 +135,9 @@ class ZipFiles:
         self._check(members)
         names = [m.filename for m in members if not any(map(is_hidden, m.filename.split("/")))]
         self.paths = tuple(name for name in names if not name.endswith("/"))
-        parents = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
-        self.folders = tuple(sorted(parents))
+        nested = {name.rpartition("/")[0] for name in names}
+        parents = (accumulate(parent.split("/"), "{}/{}".format) for parent in nested)
+        self.folders = tuple(sorted(set(chain.from_iterable(parents)) - {""}))
 
     def _check(self, members: list[zipfile.ZipInfo]) -> None:
         unsafe = [

@@ -38,9 +38,10 @@ def assign_flwr_datasets(examples: Examples, clients: Clients, key: int) -> tupl
     from flwr_datasets import partitioner as flwr
 
     usable = [name for name in flwr.__all__ if name not in NOT_BY_NAME]
-    if clients.partitioner not in usable:
-        raise unknown_name("flwr-datasets partitioner", str(clients.partitioner), usable, WHERE)
-    kind = getattr(flwr, clients.partitioner)
+    name = str(clients.partitioner)
+    if name not in usable:
+        raise unknown_name("flwr-datasets partitioner", name, usable, WHERE)
+    kind = getattr(flwr, name)
     arguments = complete(inspect.signature(kind).parameters, clients, key)
     if arguments.get("num_partitions", 1) > len(examples):
         raise InputError(

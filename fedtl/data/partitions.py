@@ -76,7 +76,8 @@ def dirichlet_shares(alpha: float, num: int, generator: np.random.Generator) -> 
     logs = np.log(generator.standard_gamma(alpha + 1.0, num))
     logs += np.log1p(-generator.random(num)) / alpha
     shares: Float64 = np.exp(logs - logs.max())
-    return shares / shares.sum()
+    shares /= shares.sum()
+    return shares
 
 
 def deal_shards(labels: Int32, num: int, clients: Clients, generator: np.random.Generator) -> Int64:

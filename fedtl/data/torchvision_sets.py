@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 from PIL import Image
@@ -23,7 +22,6 @@ from fedtl.data.examples import (
     array_digest,
     content_fingerprint,
 )
-from fedtl.data.files import FolderFiles
 from fedtl.data.folder import hash_files
 from fedtl.data.images import decode_image, to_rgb
 from fedtl.errors import EnvironmentFault, InputError, unknown_name, writing
@@ -33,6 +31,8 @@ from fedtl.types import Int32
 DEFAULT_ROOT = "~/.cache/fedtl/torchvision"
 TIMEOUT_SECONDS = 10.0
 """Without an answer for so long, a download is given up."""
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 Arguments = Mapping[str, Any]
 
@@ -132,8 +132,7 @@ def open_part(kind: type, root: Path, arguments: Arguments) -> Any:
         with bounded_waiting():
             return kind(root=str(root), **{**arguments, "download": True})
     except Exception as error:  # from the socket to the checksum: nothing usable came
-        full = isinstance(error, OSError) and not isinstance(error, URLError | TimeoutError)
-        if full and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise EnvironmentFault(
                 f"cannot write downloaded data: {error.strerror}", where=str(root)
             ) from error
@@ -209,7 +208,7 @@ def part_digest(part: Any, images: TorchvisionImages, root: Path) -> bytes:
             firsts = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
             if all(isinstance(first, str | os.PathLike) for first in firsts):
                 paths = [os.path.relpath(first, root).replace(os.sep, "/") for first in firsts]
-                return hash_files(FolderFiles(root), paths)[0]
+                return hash_files(lambda path: (root / path).read_bytes(), paths)[0]
     return b"".join(array_digest(images.load(i)) for i in range(len(images)))
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fedtl.errors import writing
 from fedtl.results.files import sync_folder
 
-_ROUND = [("round", pa.int32())]
+_ROUND = (("round", pa.int32()),)
 ROUNDS = pa.schema(
     [
         *_ROUND,

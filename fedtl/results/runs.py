@@ -70,11 +70,13 @@ class RunFolder:
         return folder
 
     def _acquire(self) -> None:
-        try:
-            with writing("the run folder", self.path):
+        with writing("the run folder", self.path):
+            try:
                 self._lock.acquire(timeout=0)
-        except Timeout:
-            raise EnvironmentFault("another process works on this run", where=self.path) from None
+            except Timeout:  # an OSError too, so it must be caught in here
+                raise EnvironmentFault(
+                    "another process works on this run", where=self.path
+                ) from None
 
     def release(self) -> None:
         """Let others open the run."""

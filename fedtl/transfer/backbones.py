@@ -244,4 +244,4 @@ def _preset(member: _WeightsMember) -> Preprocessing:
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    return models.list_models(module=models)
+    return [str(name) for name in models.list_models(module=models)]

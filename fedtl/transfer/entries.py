@@ -70,7 +70,7 @@ class FeatureFile:
             )
         with self._lock, writing("features", self._path.parent):
             self._file.seek(self._start + first * self._row_bytes)
-            self._file.write(block)
+            self._file.write(block.data)
 
     def keep(self, rows: Int64) -> None:
         """Close the file; where some rows are bad, only ``rows`` of it stay."""
@@ -84,7 +84,7 @@ class FeatureFile:
             with shorter.open("wb") as file:
                 _write_header(file, (len(rows), self._shape[1]), self._dtype)
                 for start in range(0, len(rows), step):
-                    file.write(np.ascontiguousarray(whole[rows[start : start + step]]))
+                    file.write(np.ascontiguousarray(whole[rows[start : start + step]]).data)
             del whole
             os.replace(shorter, self._path)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +39,8 @@ _CUDA_BATCH = 128
 _OPSET = 17
 
 
-class ExportRefused(Exception):
-    """The trunk cannot be exported, or the exported one differs; says why in one line."""
+class WayRefused(Exception):
+    """The trunk cannot be run this way, or gives other features; says why in one line."""
 
 
 class Forward(Protocol):
@@ -98,13 +98,13 @@ class Exports:
         """The exported trunk, exported and compared on the sample where it is not kept yet.
 
         Raises:
-            ExportRefused: export failed or the difference is too large; that is kept as well.
+            WayRefused: export failed or the difference is too large; that is kept as well.
         """
         key = self._key(backbone)
         path = self._folder / f"{key}.onnx"
         known = self._known(key)
         if known is not None and known.failure is not None:
-            raise ExportRefused(known.failure)
+            raise WayRefused(known.failure)
         if known is not None and path.is_file():
             content = path.read_bytes()
             if hashlib.blake2b(content).hexdigest() == known.digest:
@@ -118,7 +118,7 @@ class Exports:
             content = export_onnx(trunk, sample[:1])
             export = Export(hashlib.blake2b(content).hexdigest(), before, 0.0)
             difference = largest_difference(OnnxForward(content, export).run(sample), reference)
-        except ExportRefused as refusal:
+        except WayRefused as refusal:
             self._keep(key, Export("", before, 0.0, str(refusal)))
             raise
         refuse_changed(before, backbone.state_hash(trunk))
@@ -159,7 +159,7 @@ class OnnxForward:
                 content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime's own exceptions share no public base
-            raise ExportRefused(f"ONNX Runtime refuses it: {_one_line(error)}") from error
+            raise WayRefused(f"ONNX Runtime refuses it: {_one_line(error)}") from error
         self.dim = int(self._session.get_outputs()[0].shape[1])
         self.trunk_hash = export.trunk_hash
         self.max_difference = export.max_difference
@@ -193,7 +193,7 @@ class TorchForward:
         self._module = folding.fold_batch_norm(self._trunk, sample[:1]).to(device)
         try:
             self.max_difference = largest_difference(self.run(sample), reference)
-        except ExportRefused:  # folding went wrong: the plain module is the fallback
+        except WayRefused:  # folding went wrong: the plain module is the fallback
             self._module = folding.copy_channels_last(self._trunk).to(device)
             self.max_difference = largest_difference(self.run(sample), reference)
         self._module_hash = backbone.state_hash(self._module)
@@ -275,7 +275,7 @@ def open_forward(
     """The resolved way, compared with eager torch on the sample.
 
     Raises:
-        ExportRefused: way "onnx", and the trunk cannot go it.
+        WayRefused: way "onnx", and the trunk cannot go it.
     """
     if way == "onnx":
         return exports.open(backbone, sample)
@@ -286,7 +286,7 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
     """A trunk as an ONNX graph of any batch size, normalisation included.
 
     Raises:
-        ExportRefused: this trunk has operations that cannot be exported.
+        WayRefused: this trunk has operations that cannot be exported.
     """
     import io
 
@@ -305,7 +305,7 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
             torch.onnx.export(
                 trunk,
                 (pixels,),
-                buffer,
+                cast(Any, buffer),  # any file object will do; its annotation says path
                 input_names=["pixels"],
                 output_names=["features"],
                 dynamic_axes={"pixels": {0: "n"}, "features": {0: "n"}},
@@ -313,7 +313,7 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
                 dynamo=False,
             )
     except Exception as error:  # tracing runs the model's own code: anything may come
-        raise ExportRefused(f"export to ONNX failed: {_one_line(error)}") from error
+        raise WayRefused(f"export to ONNX failed: {_one_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
     return buffer.getvalue()
@@ -323,12 +323,12 @@ def largest_difference(features: Float32, reference: Float32) -> float:
     """The largest absolute difference of a sample's features to eager ones.
 
     Raises:
-        ExportRefused: it is more than ``TOLERANCE`` of the largest feature, or not finite.
+        WayRefused: it is more than ``TOLERANCE`` of the largest feature, or not finite.
     """
     difference = float(np.abs(features - reference).max())
     scale = float(np.abs(reference).max())
     if not difference <= TOLERANCE * scale:
-        raise ExportRefused(f"features differ from eager torch by {difference:.2g} of {scale:.2g}")
+        raise WayRefused(f"features differ from eager torch by {difference:.2g} of {scale:.2g}")
     return difference
 
 

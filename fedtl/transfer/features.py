@@ -27,6 +27,7 @@ from fedtl.errors import EnvironmentFault, InputError, writing
 from fedtl.results.files import sync_folder
 from fedtl.transfer import entries, extraction, pipeline
 from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.entries import Opened
 from fedtl.types import Int64
 
 FORMAT = 1
@@ -142,15 +143,15 @@ class FeatureStore:
         resolved = extraction.resolve_way(way, device, backbone, self._exports)
         try:
             return self._open_or_build(order, resolved, [])
-        except extraction.ExportRefused as refusal:
-            if way == "onnx":
+        except extraction.WayRefused as refusal:
+            if way == "onnx" or resolved == "torch":
                 raise EnvironmentFault(
-                    f"{backbone.name} cannot be run by ONNX Runtime: {refusal}",
+                    f"{backbone.name} cannot be run this way: {refusal}",
                     where="backbone.extraction",
-                    got="'onnx'",
+                    got=repr(resolved),
                     do="Set backbone.extraction = 'auto' or 'torch'",
                 ) from refusal
-            note = f"{backbone.name} is run by torch, not ONNX Runtime: {refusal}"
+            note = f"{backbone.name} is run by torch on the CPU, not by {resolved}: {refusal}"
             return self._open_or_build(order, "torch", [note])
 
     def entries(self) -> tuple[StoreEntry, ...]:
@@ -228,7 +229,7 @@ class FeatureStore:
             float(manifest["max_difference"]),
         )
 
-    def _sound(self, key: str, threads: int, notes: list[str]) -> entries.Opened | None:
+    def _sound(self, key: str, threads: int, notes: list[str]) -> Opened | None:
         """The entry, verified; a damaged one is moved away, and that is noted."""
         folder = self._folder / key
         if not folder.exists():

@@ -6,17 +6,18 @@ This file imports torch; import it only where a trunk has to be built.
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def copy_channels_last(trunk: nn.Module) -> nn.Module:
     """A copy of a trunk in the memory layout that convolutions like best."""
-    return copy.deepcopy(trunk).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy.deepcopy(trunk).to(memory_format=torch.channels_last)
 
 
 def fold_batch_norm(trunk: nn.Module, example: npt.NDArray[np.uint8]) -> nn.Module:
@@ -33,18 +34,8 @@ def fold_batch_norm(trunk: nn.Module, example: npt.NDArray[np.uint8]) -> nn.Modu
     folded = copy_channels_last(trunk)
     for conv, norm in _pairs(folded, example):
         layer, batch_norm = folded.get_submodule(conv), folded.get_submodule(norm)
-        assert isinstance(layer, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
-        assert batch_norm.running_mean is not None and batch_norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(
-            layer.weight,
-            layer.bias,
-            batch_norm.running_mean,
-            batch_norm.running_var,
-            batch_norm.eps,
-            batch_norm.weight,
-            batch_norm.bias,
-        )
-        layer.weight, layer.bias = weight.requires_grad_(False), bias.requires_grad_(False)
+        fused = fuse_conv_bn_eval(cast(nn.Conv2d, layer), cast(nn.BatchNorm2d, batch_norm))
+        folded.set_submodule(conv, fused)
         folded.set_submodule(norm, nn.Identity())
     return folded.eval()
 

@@ -91,18 +91,20 @@ def extract(
             write(first, features)
         return size
 
-    with forward.threads(threads) as start_thread:
-        with ThreadPoolExecutor(threads, "extract", start_thread) as pool:
-            futures = [pool.submit(work, first) for first in range(0, count, forward.batch)]
-            done = 0
-            try:
-                for future in as_completed(futures):
-                    done += future.result()
-                    if progress is not None:
-                        progress(done, count)
-            except BaseException:
-                stopped.set()
-                raise
+    with (
+        forward.threads(threads) as start_thread,
+        ThreadPoolExecutor(threads, "extract", start_thread) as pool,
+    ):
+        futures = [pool.submit(work, first) for first in range(0, count, forward.batch)]
+        done = 0
+        try:
+            for future in as_completed(futures):
+                done += future.result()
+                if progress is not None:
+                    progress(done, count)
+        except BaseException:
+            stopped.set()
+            raise
     return Extracted(content, dict(sorted(bad.items())))
 
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def hash_state(module: nn.Module) -> str:
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,7 +143,7 @@ def last_layer(model: nn.Module) -> str:
     for kind in (nn.Linear, nn.Conv2d):
         names = [name for name, part in model.named_modules() if isinstance(part, kind)]
         if names:
-            return names[-1]
+            return str(names[-1])
     raise InputError("this model has no layer to cut at", where="backbone.name")
 
 
@@ -167,9 +168,8 @@ def load_strictly(
     Raises:
         InputError: with the first missing, unexpected and differently shaped names.
     """
-    metadata = getattr(state, "_metadata", model.state_dict()._metadata)
-    wanted = model.state_dict()
-    body = type(wanted)(
+    wanted: Any = model.state_dict()  # an OrderedDict that carries layer versions
+    body: Any = type(wanted)(
         (_OLD_DENSENET.sub(r"\1\2", key), tensor)
         for key, tensor in state.items()
         if not key.startswith((head, *_AUXILIARY))
@@ -182,7 +182,8 @@ def load_strictly(
     missing: list[str] = []
     unexpected: list[str] = []
     if not shapes:
-        body._metadata = metadata
+        # Files without layer versions (.safetensors) are read as the installed layers write them.
+        body._metadata = getattr(state, "_metadata", wanted._metadata)
         result = model.load_state_dict(body, strict=False)
         missing = [key for key in result.missing_keys if not key.startswith(head)]
         unexpected = list(result.unexpected_keys)

@@ -14,6 +14,7 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,7 +136,9 @@ def _load_torch(path: Path, content: bytes) -> dict[str, Tensor]:
     elif not content.startswith(b"\x80"):
         raise _not_weights(path, "it begins like no torch file")
     try:
-        loaded = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on pickle protocols: judged below
+            loaded = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise SecurityRefusal(
             "the weights file holds more than tensors; nothing of it was executed",

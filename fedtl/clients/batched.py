@@ -1,0 +1,302 @@
+"""Local training and judging through torch: MLP heads, and any head on a GPU.
+
+Clients train side by side along a leading axis in groups of fixed width. A group, a batch and a
+row are always padded to the same shape, so every matrix product has the same form and a client's
+bits do not depend on who else is in its group. Gradients are written out by hand: a head is a chain
+of linear layers with ReLU between them, and one formula serves all lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.clients.blocks import run_blocks
+from fedtl.errors import EnvironmentFault, InputError
+from fedtl.types import ClientUpdates, Float32, Head, Int32, Int64, Population, RoundPlan
+
+if TYPE_CHECKING:
+    import torch
+
+LANES = {"cpu": 8, "cuda": 64}
+"""Clients side by side. On a CPU, 8 batches of 50 x 512 features fit the second-level cache; a GPU
+needs more work per launch."""
+PIECE = 256
+"""Longer batches go through in pieces of this many examples, to bound memory."""
+JUDGED = 1024
+"""Rows scored at once."""
+ALIGN = 16
+"""All widths are padded to this many floats: a matrix product may add in another order when its
+operand does not start at a cache line, and lanes must not differ in that."""
+
+
+def layer_names(head: Mapping[str, object]) -> list[str]:
+    """Prefixes of a head's layers from features to scores: hidden.0., ..., then ""."""
+    hidden = sum(name.startswith("hidden.") for name in head) // 2
+    names = [f"hidden.{i}." for i in range(hidden)] + [""]
+    expected = {name + kind for name in names for kind in ("weight", "bias")}
+    if set(head) != expected:
+        raise InputError(
+            "a head of unknown form", got=sorted(head), allowed="weight, bias, hidden.<i>.*"
+        )
+    return names
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread in this thread of ours: more could split a product another way."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checked(device: str) -> str:
+    import torch
+
+    if device != "cpu" and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            "no GPU that torch can use", got=device, do="Set engine.device to 'cpu'"
+        )
+    return device
+
+
+def _padded(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    out = np.zeros(shape, dtype=np.float32)
+    out[tuple(slice(size) for size in array.shape)] = array
+    return out
+
+
+def _wide(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+class _Lanes:
+    """The heads of one group as padded tensors: [L, out, in] and [L, 1, out] for each layer."""
+
+    def __init__(self, starts: Head, names: list[str], first: int, stop: int, device: str) -> None:
+        import torch
+
+        lanes = LANES[device.partition(":")[0]]
+        self._names, self._first, self._stop = names, first, stop
+        self._shapes = {name: tensor.shape[1:] for name, tensor in starts.items()}
+        self.layers: list[list[torch.Tensor]] = []
+        for name in names:
+            own = [
+                np.broadcast_to(t, (stop - first, *t.shape[1:])) if len(t) == 1 else t[first:stop]
+                for t in (starts[name + "weight"], starts[name + "bias"])
+            ]
+            rows, columns = (_wide(size) for size in own[0].shape[1:])
+            weight = _padded(own[0], (lanes, rows, columns))
+            bias = _padded(own[1][:, None], (lanes, 1, rows))
+            self.layers.append([torch.from_numpy(t).to(device) for t in (weight, bias)])
+        num_classes = starts["bias"].shape[1]
+        classes = np.arange(_wide(num_classes)) >= num_classes
+        self.absent = torch.from_numpy(classes).to(device)
+
+    def save(self, out: dict[str, Float32]) -> None:
+        """Write the heads without their padding."""
+        for name, tensors in zip(self._names, self.layers, strict=True):
+            for kind, tensor in zip(("weight", "bias"), tensors, strict=True):
+                own = tensor.cpu().numpy()[: self._stop - self._first]
+                own = own[:, 0] if kind == "bias" else own
+                shape = self._shapes[name + kind]
+                part = (slice(None), *(slice(size) for size in shape))
+                out[name + kind][self._first : self._stop] = own[part]
+
+    def gradient(
+        self, x: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[list[list[torch.Tensor]], torch.Tensor]:
+        """Gradient of the weighted cross-entropy of one piece of a batch.
+
+        Args:
+            x: [L, B, D] padded features.
+            labels: int64 [L, B].
+            weight: [L, B], 1 / batch length for an example and 0 for padding.
+
+        Returns:
+            The gradient for each layer, and each example's cross-entropy float32 [L, B].
+        """
+        import torch
+
+        inputs = [x]
+        for matrix, bias in self.layers[:-1]:
+            inputs.append(torch.relu(torch.bmm(inputs[-1], matrix.mT) + bias))
+        matrix, bias = self.layers[-1]
+        scores = torch.bmm(inputs[-1], matrix.mT) + bias
+        logs = torch.log_softmax(scores.masked_fill(self.absent, -torch.inf), dim=2)
+        place = labels[:, :, None]
+        loss = -logs.gather(2, place)[:, :, 0]
+        delta = logs.exp()
+        delta.scatter_add_(2, place, torch.full_like(place, -1, dtype=delta.dtype))
+        delta = torch.where(weight[:, :, None] > 0, delta * weight[:, :, None], 0.0)
+        gradients: list[list[torch.Tensor]] = []
+        for i in range(len(self.layers) - 1, -1, -1):
+            gradients.insert(0, [torch.bmm(delta.mT, inputs[i]), delta.sum(1, keepdim=True)])
+            if i:
+                # threshold_backward, unlike a product with a mask, does what torch's ReLU does.
+                delta = torch.where(inputs[i] <= 0, 0.0, torch.bmm(delta, self.layers[i][0]))
+        return gradients, loss
+
+
+def train_batched(
+    population: Population, starts: Head, plan: RoundPlan, *, threads: int, device: str
+) -> ClientUpdates:
+    """Train the clients of a plan side by side; ``starts`` are name -> [1 or k, ...].
+
+    Raises:
+        InputError: a head of unknown form, or labels outside its classes.
+        EnvironmentFault: a device that is not there.
+    """
+    names, clients = layer_names(starts), plan.clients
+    lanes = LANES[_checked(device).partition(":")[0]]
+    num = len(clients)
+    out = {
+        name: np.empty((num, *tensor.shape[1:]), dtype=np.float32)
+        for name, tensor in starts.items()
+    }
+    loss = np.full(num, np.nan)
+
+    def work(first: int, stop: int) -> None:
+        with _one_thread():
+            group = _Lanes(starts, names, first, stop, device)
+            loss[first:stop] = _train_group(population, plan, group, first, stop, device)
+            group.save(out)
+
+    run_blocks(work, num, threads=threads if device == "cpu" else 1, block_size=lanes)
+    return ClientUpdates(plan.round, clients, out, population.train.counts[clients], loss)
+
+
+def _train_group(
+    population: Population, plan: RoundPlan, group: _Lanes, first: int, stop: int, device: str
+) -> npt.NDArray[np.float64]:
+    """Train the lanes of one group in place; returns the first epoch's mean loss, float64 [b]."""
+    import torch
+
+    from fedtl.clients.batches import batch_order
+    from fedtl.clients.training import label_error
+
+    lanes, own = len(group.layers[0][0]), plan.training
+    num_classes = int((~group.absent).sum())
+    rows = [population.train.of(client) for client in plan.clients[first:stop].tolist()]
+    for client, chosen in zip(plan.clients[first:stop].tolist(), rows, strict=True):
+        labels = population.labels[chosen]
+        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+            raise label_error(population, client, num_classes)
+    begin = [[t.clone() for t in layer] for layer in group.layers]
+    speed = [[torch.zeros_like(t) for t in layer] for layer in group.layers]
+    summed = np.zeros(stop - first)
+    for epoch in range(own.epochs):
+        orders = [
+            chosen[batch_order(int(plan.batch_keys[first + i]), len(chosen), epoch)]
+            for i, chosen in enumerate(rows)
+        ]
+        for low in range(0, max((len(chosen) for chosen in rows), default=0), own.batch_size):
+            batches = [order[low : low + own.batch_size] for order in orders]
+            total: list[list[torch.Tensor]] | None = None
+            for start in range(0, max(len(batch) for batch in batches), PIECE):
+                x, labels, weight = _piece(population, batches, start, group, own.batch_size)
+                gradients, loss = group.gradient(
+                    x.to(device), labels.to(device), weight.to(device)
+                )
+                if epoch == 0:
+                    kept = torch.where(weight > 0, loss.cpu().double(), 0.0)
+                    summed += kept.sum(1).numpy()[: stop - first]
+                if total is None:
+                    total = gradients
+                else:
+                    for mine, more in zip(total, gradients, strict=True):
+                        for a, b in zip(mine, more, strict=True):
+                            a.add_(b)
+            assert total is not None
+            active = torch.tensor(
+                [bool(len(batch)) for batch in batches] + [False] * (lanes - len(batches)),
+                device=device,
+            )[:, None, None]
+            _step(group.layers, begin, speed, total, active, own)
+    counts = np.array([len(chosen) for chosen in rows], dtype=np.float64)
+    counts[counts == 0] = np.nan
+    return summed / counts if own.epochs else np.full(stop - first, np.nan)
+
+
+def _piece(
+    population: Population, batches: list[Int64], start: int, group: _Lanes, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One padded piece of each lane's batch: features [L, B, D], labels [L, B], weights [L, B]."""
+    import torch
+
+    lanes, _, width = group.layers[0][0].shape
+    length = _wide(min(batch_size, PIECE))
+    x = np.zeros((lanes, length, width), dtype=np.float32)
+    labels = np.zeros((lanes, length), dtype=np.int64)
+    weight = np.zeros((lanes, length), dtype=np.float32)
+    for lane, batch in enumerate(batches):
+        part = batch[start : start + PIECE]
+        x[lane, : len(part), : population.features.shape[1]] = population.features[part]
+        labels[lane, : len(part)] = population.labels[part]
+        weight[lane, : len(part)] = np.float32(1.0 / max(1, len(batch)))
+    return torch.from_numpy(x), torch.from_numpy(labels), torch.from_numpy(weight)
+
+
+def _step(
+    layers: list[list[torch.Tensor]], begin: list[list[torch.Tensor]],
+    speed: list[list[torch.Tensor]], gradients: list[list[torch.Tensor]],
+    active: torch.Tensor, own: Any,
+) -> None:  # fmt: skip
+    """One step of torch.optim.SGD in the lanes that have a batch; the others stay untouched."""
+    import torch
+
+    for i, layer in enumerate(layers):
+        for j, weight in enumerate(layer):
+            step = gradients[i][j]
+            if own.weight_decay:
+                step = step + own.weight_decay * weight
+            if own.proximal:
+                step = step + own.proximal * (weight - begin[i][j])
+            if own.momentum:
+                step = own.momentum * speed[i][j] + step
+                speed[i][j] = torch.where(active, step, speed[i][j])
+            layer[j] = torch.where(active, weight - own.learning_rate * step, weight)
+
+
+def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Scores [n, C] of one head of any form for features [n, D]; autograd passes through."""
+    import torch
+
+    *hidden, last = layer_names(head)
+    for name in hidden:
+        x = torch.relu(torch.addmm(head[name + "bias"], x, head[name + "weight"].T))
+    return torch.addmm(head[last + "bias"], x, head[last + "weight"].T)
+
+
+def judge(
+    features: npt.NDArray[np.floating[Any]], labels: Int32, rows: Int64, head: Head, device: str
+) -> tuple[float, npt.NDArray[np.bool_]]:
+    """Judge one head of any form on some rows.
+
+    Returns:
+        Summed cross-entropy in nats, and which rows are predicted right, bool [n].
+    """
+    import torch
+
+    _checked(device)
+    tensors = {name: torch.tensor(tensor, device=device) for name, tensor in head.items()}
+    loss, right = 0.0, np.zeros(len(rows), dtype=np.bool_)
+    with _one_thread():
+        for low in range(0, len(rows), JUDGED):
+            part = rows[low : low + JUDGED]
+            x = torch.from_numpy(features[part].astype(np.float32)).to(device)
+            scores = forward(tensors, x).cpu()
+            own = torch.from_numpy(labels[part].astype(np.int64))
+            loss += float(torch.nn.functional.cross_entropy(scores.double(), own, reduction="sum"))
+            # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
+            right[low : low + JUDGED] = scores.numpy().argmax(1) == labels[part]
+    return loss, right

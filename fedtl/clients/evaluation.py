@@ -1,0 +1,146 @@
+"""Judging heads on clients' rows: sums from which every metric follows.
+
+Predictions are the class of the largest score (the lowest such class on ties); the loss is
+cross-entropy in nats by a stable log-softmax, summed in float64 in row order. A pair of head and
+rows is judged by itself: its bits depend on neither threads nor blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.clients.blocks import block_rows, frozen, run_blocks
+from fedtl.clients.training import LINEAR, check_clients, check_heads, label_error
+from fedtl.errors import InputError
+from fedtl.types import ClientMetrics, Float32, Head, Int32, Int64, Population, Rows
+
+
+def evaluate_clients(
+    population: Population,
+    head: Head,
+    clients: Int64,
+    *,
+    split: str = "test",
+    threads: int = 1,
+    device: str = "cpu",
+) -> ClientMetrics:
+    """Judge one head on each client's rows of ``split`` ("train" or "test")."""
+    check_clients(population, clients)
+    heads = check_heads(population, head, None, len(clients))
+    return _judge_clients(population, heads, clients, split, threads, device)
+
+
+def evaluate_own(
+    population: Population,
+    heads: Mapping[str, Float32],
+    clients: Int64,
+    *,
+    split: str = "test",
+    threads: int = 1,
+    device: str = "cpu",
+) -> ClientMetrics:
+    """Judge head i (``heads`` are name -> [k, ...]) on client i's rows of ``split``."""
+    check_clients(population, clients)
+    if not len(clients):
+        return _nothing(clients, heads)
+    one = {name: tensor[0] for name, tensor in heads.items()}
+    heads = check_heads(population, one, heads, len(clients))
+    return _judge_clients(population, heads, clients, split, threads, device)
+
+
+def evaluate_heads(
+    features: npt.NDArray[np.floating[Any]],
+    labels: Int32,
+    rows: Int64,
+    heads: Mapping[str, Float32],
+    num_classes: int,
+    *,
+    threads: int = 1,
+    device: str = "cpu",
+) -> ClientMetrics:
+    """Judge M heads (name -> [M, ...]) on the same rows; ``clients`` of the result is arange(M)."""
+    num_heads = len(heads["bias"])
+    if heads["bias"].shape[1] != num_classes:
+        raise InputError(
+            "heads of another number of classes", got=heads["bias"].shape[1], allowed=num_classes
+        )
+    return _judge(
+        features, labels, [rows] * num_heads, np.arange(num_heads), heads, threads, device
+    )
+
+
+def _judge_clients(
+    population: Population, heads: Head, clients: Int64, split: str, threads: int, device: str
+) -> ClientMetrics:
+    splits: dict[str, Rows] = {"train": population.train, "test": population.test}
+    if split not in splits:
+        raise InputError("unknown split", got=repr(split), allowed="train, test")
+    rows = [splits[split].of(client) for client in clients.tolist()]
+    try:
+        return _judge(
+            population.features, population.labels, rows, clients, heads, threads, device
+        )
+    except _BadLabel as error:
+        raise label_error(population, int(clients[error.position]), error.num_classes) from None
+
+
+class _BadLabel(InputError):
+    """A label outside the head's classes, at a position of the call."""
+
+    def __init__(self, position: int, num_classes: int) -> None:
+        super().__init__("labels outside the head's classes", allowed=f"0 to {num_classes - 1}")
+        self.position, self.num_classes = position, num_classes
+
+
+def _nothing(clients: Int64, heads: Head) -> ClientMetrics:
+    counts = np.zeros((len(clients), heads["bias"].shape[-1]), dtype=np.int64)
+    return ClientMetrics(clients, np.zeros(len(clients)), counts, counts.copy())
+
+
+def _judge(
+    features: npt.NDArray[np.floating[Any]],
+    labels: Int32,
+    rows: list[Int64],
+    clients: Int64,
+    heads: Head,
+    threads: int,
+    device: str,
+) -> ClientMetrics:
+    """Head i, or the only one, on ``rows[i]``; ``heads`` are name -> [1 or k, ...]."""
+    result = _nothing(clients, heads)
+    num_classes = result.count.shape[1]
+    if set(heads) == LINEAR and device == "cpu":
+        from fedtl.clients.kernel import EVERYTHING_FINE, evaluate_block
+
+        weights, biases = (frozen(heads[name], np.float32) for name in ("weight", "bias"))
+
+        def work(first: int, stop: int) -> None:
+            block = block_rows(features, labels, rows[first:stop])
+            part = slice(first, stop) if len(weights) > 1 else slice(None)
+            bad = evaluate_block(
+                block.features, block.labels, block.index, block.starts, block.stops,
+                weights[part], biases[part], result.loss_sum[first:stop],
+                result.correct[first:stop], result.count[first:stop],
+            )  # fmt: skip
+            if bad != EVERYTHING_FINE:
+                raise _BadLabel(first + bad, num_classes)
+    else:
+        from fedtl.clients.batched import judge
+
+        def work(first: int, stop: int) -> None:
+            for i in range(first, stop):
+                head = {name: tensor[i if len(tensor) > 1 else 0] for name, tensor in heads.items()}
+                own = labels[rows[i]]
+                if len(own) and (own.min() < 0 or own.max() >= num_classes):
+                    raise _BadLabel(i, num_classes)
+                loss, right = judge(features, labels, rows[i], head, device)
+                result.loss_sum[i] = loss
+                result.count[i] = np.bincount(own, minlength=num_classes)
+                result.correct[i] = np.bincount(own[right], minlength=num_classes)
+
+    run_blocks(work, len(rows), threads=threads)
+    return result

@@ -1,0 +1,260 @@
+"""The one loop, with the real kernel on a small federation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fedtl.engines import LocalEngine
+from fedtl.errors import InputError, Interrupted, PolicyStop
+from fedtl.interrupts import Interrupts
+from fedtl.results.runs import RunFolder
+from fedtl.rounds import Federation, run_rounds, sample_cohort, scheduled_rate
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import make_strategy
+from fedtl.types import Population
+
+
+def federation(population: Population, engine=None, **changes) -> Federation:
+    content = {"name": "x", "rounds": 4, "training": {"local_epochs": 2, "batch_size": 8}}
+    scenario = Scenario.model_validate({**content, **changes})
+    classes, width = len(population.classes), population.features.shape[1]
+    head = {"weight": np.zeros((classes, width), np.float32), "bias": np.zeros(classes, np.float32)}
+    engine = engine or LocalEngine(population, 1)
+    strategy = make_strategy(scenario.strategy)
+    return Federation(scenario, population, head, strategy, engine, {"scenario_hash": "a"})
+
+
+def run(made: Federation, path: Path, interrupts: Interrupts | None = None, observe=None, **more):
+    folder = RunFolder.reopen(path) if path.exists() else RunFolder.create(path, "")
+    try:
+        observe = observe or (lambda row, updates: None)
+        state, progress = run_rounds(made, folder, observe, interrupts or Interrupts(), **more)
+        folder.write_tables()
+    finally:
+        folder.release()
+    return state, progress
+
+
+def same_bits(a, b) -> bool:
+    return all(a.head[name].tobytes() == b.head[name].tobytes() for name in a.head)
+
+
+class Stop(Interrupts):
+    """Asks for a stop after some commits, as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def check(self, what: str = "", do: str | None = None) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupted(what, do=do)
+
+
+STRATEGIES = ["fedavg", "fedavgm", "fedadam"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_stop_and_resume_ends_with_the_unbroken_head(
+    population: Population, tmp_path: Path, strategy: str, after: int
+) -> None:
+    made = federation(population, strategy={"name": strategy}, clients={"fraction": 0.6})
+    whole, progress = run(made, tmp_path / "whole")
+    with pytest.raises(Interrupted, match=f"saved round {after} of 4"):
+        run(made, tmp_path / "broken", Stop(after))
+    resumed, again = run(made, tmp_path / "broken")
+    assert same_bits(whole, resumed)
+    assert (progress.bytes_up, progress.round) == (again.bytes_up, again.round)
+    for name in ("rounds.parquet", "clients.parquet"):
+        a, b = (pq.read_table(tmp_path / which / name) for which in ("whole", "broken"))
+        drop = [c for c in ("seconds",) if c in a.schema.names]
+        assert a.drop_columns(drop) == b.drop_columns(drop)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 3, None])
+def test_threads_and_blocks_do_not_change_a_bit(
+    population: Population, tmp_path: Path, threads: int, block_size: int | None
+) -> None:
+    one, _ = run(federation(population), tmp_path / "one")
+    engine = LocalEngine(population, threads, block_size=block_size)
+    other, _ = run(federation(population, engine), tmp_path / "other")
+    assert same_bits(one, other)
+
+
+def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(population: Population, tmp_path: Path) -> None:
+    a, _ = run(federation(population), tmp_path / "a")
+    prox = {"name": "fedprox", "mu": 0.0}
+    b, _ = run(federation(population, strategy=prox), tmp_path / "b")
+    c, _ = run(federation(population, strategy={**prox, "mu": 1.0}), tmp_path / "c")
+    assert same_bits(a, b)
+    assert not same_bits(a, c)
+
+
+def test_one_epoch_full_batch_full_participation_is_gradient_descent_on_the_pool(
+    population: Population, tmp_path: Path
+) -> None:
+    training = {"local_epochs": 1, "batch_size": 1000, "learning_rate": 0.3}
+    state, _ = run(federation(population, training=training), tmp_path / "run")
+    rows = population.train.index
+    x, y = population.features[rows].astype(float), population.labels[rows]
+    w, b = np.zeros((3, 9)), np.zeros(3)
+    for _ in range(4):
+        logits = x @ w.T + b
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        error = (p / p.sum(1, keepdims=True) - np.eye(3)[y]) / len(y)
+        w, b = w - 0.3 * error.T @ x, b - 0.3 * error.sum(0)
+    np.testing.assert_allclose(state.head["weight"], w, atol=2e-6)
+    np.testing.assert_allclose(state.head["bias"], b, atol=2e-6)
+
+
+class Tampered:
+    """An engine one of whose clients sends nonsense."""
+
+    def __init__(self, population: Population, tamper: Callable, rounds: set[int]) -> None:
+        self.inner, self.tamper, self.rounds = LocalEngine(population, 1), tamper, rounds
+
+    def run_clients(self, plan, head):
+        (updates,) = self.inner.run_clients(plan, head)
+        if plan.round in self.rounds:
+            tensors = {name: tensor.copy() for name, tensor in updates.tensors.items()}
+            self.tamper(tensors)
+            updates = replace(updates, tensors=tensors)
+        return [updates]
+
+    def evaluate(self, head, clients):
+        return self.inner.evaluate(head, clients)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_poisoned_client_is_named_and_the_round_goes_on(
+    population: Population, tmp_path: Path
+) -> None:
+    engine = Tampered(population, lambda t: t["weight"][1].fill(np.nan), {2})
+    seen = []
+    state, _ = run(
+        federation(population, engine),
+        tmp_path / "run",
+        observe=lambda row, updates: seen.append((row["accepted"], updates.failures)),
+    )
+    assert [accepted for accepted, _ in seen] == [5, 4, 5, 5]
+    assert seen[1][1][0].client == 1
+    assert all(np.isfinite(tensor).all() for tensor in state.head.values())
+    table = pq.read_table(tmp_path / "run" / "clients.parquet").to_pylist()
+    refused = [row for row in table if row["status"] != "ok"]
+    assert [(row["round"], row["client"], row["split"]) for row in refused] == [(2, 1, "train")]
+    assert "weight has a value that is not finite" in refused[0]["status"]
+
+
+def test_the_round_without_a_client_equals_the_round_it_never_joined(
+    population: Population, tmp_path: Path
+) -> None:
+    # Nothing of a refused update may count: not its values, not its weight.
+    engine = Tampered(population, lambda t: t["bias"][4].fill(np.inf), {1})
+    state, _ = run(federation(population, engine, rounds=1), tmp_path / "run")
+    (updates,) = LocalEngine(population, 1).run_clients(_plan(population), _zeros(population))
+    weights = updates.num_examples[:4] / updates.num_examples[:4].sum()
+    mean = np.tensordot(weights, updates.tensors["weight"][:4].astype(float), 1)
+    np.testing.assert_allclose(state.head["weight"], mean, atol=1e-6)
+
+
+def _zeros(population: Population):
+    return federation(population).head
+
+
+def _plan(population: Population):
+    from fedtl.rounds import plan_round
+    from fedtl.strategies import ServerState
+
+    made = federation(population)
+    return plan_round(made, ServerState(made.head), 1)
+
+
+def test_divergence_stops_with_the_last_commit_kept(population: Population, tmp_path: Path) -> None:
+    engine = Tampered(population, lambda t: t["weight"].fill(np.nan), {3})
+    made = federation(population, engine)
+    with pytest.raises(PolicyStop, match="round 3") as stopped:
+        run(made, tmp_path / "run")
+    assert stopped.value.exit_code == 4
+    healed, progress = run(federation(population), tmp_path / "run")
+    whole, _ = run(federation(population), tmp_path / "whole")
+    assert progress.round == 4
+    assert same_bits(healed, whole)
+
+
+def test_going_on_with_something_else_is_refused_unless_allowed(
+    population: Population, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        run(federation(population), tmp_path / "run", Stop(1))
+    other = replace(federation(population), identity={"scenario_hash": "b"})
+    with pytest.raises(InputError, match="scenario_hash: was a, is b"):
+        run(other, tmp_path / "run")
+    _, progress = run(other, tmp_path / "run", allow_changes=True)
+    assert progress.round == 4
+
+
+def test_bytes_are_counted_from_heads_and_clients(population: Population, tmp_path: Path) -> None:
+    made = federation(population, clients={"fraction": 0.4})
+    _, progress = run(made, tmp_path / "run")
+    assert progress.bytes_up == progress.bytes_down == 4 * 2 * (3 * 9 + 3) * 4
+    table = pq.read_table(tmp_path / "run" / "rounds.parquet")
+    assert sum(table["bytes_up"].to_pylist()) == progress.bytes_up
+
+
+def test_evaluation_every_so_often_leaves_nulls_and_judges_the_last(
+    population: Population, tmp_path: Path
+) -> None:
+    run(federation(population, evaluation={"every": 3}), tmp_path / "run")
+    table = pq.read_table(tmp_path / "run" / "rounds.parquet")
+    assert [a is not None for a in table["accuracy"].to_pylist()] == [False, False, True, True]
+
+
+def test_cohorts_are_seeded_sorted_distinct_and_of_the_right_size() -> None:
+    seen = [sample_cohort(7, round, 1000, 0.1) for round in range(1, 4)]
+    assert all(len(set(c.tolist())) == 100 and (np.diff(c) > 0).all() for c in seen)
+    assert seen[0].tolist() == sample_cohort(7, 1, 1000, 0.1).tolist()
+    assert seen[0].tolist() != seen[1].tolist()
+    assert sample_cohort(7, 1, 3, 0.01).shape == (1,)
+    assert sample_cohort(7, 1, 5, 1.0).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_every_client_is_sampled_about_equally_often() -> None:
+    counts = np.zeros(20)
+    for round in range(2000):
+        counts[sample_cohort(0, round, 20, 0.25)] += 1
+    # mean 500, standard deviation about 19: six of them never happen by chance
+    assert np.abs(counts - 500).max() < 6 * 19.4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("exponential", [1, 0.5, 0.25, 0.125]),
+        ("cosine", [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+    ],
+)
+def test_schedules(schedule: str, rates: list[float]) -> None:
+    training = {"learning_rate": 1.0, "schedule": schedule, "decay": 0.5}
+    scenario = Scenario.model_validate({"name": "x", "rounds": 4, "training": training})
+    assert [scheduled_rate(scenario, r) for r in range(1, 5)] == pytest.approx(rates)
+
+
+def test_no_number_is_lost_in_json(population: Population, tmp_path: Path) -> None:
+    run(federation(population), tmp_path / "run")
+    manifests = sorted((tmp_path / "run" / "checkpoints").glob("*.json"))
+    facts = json.loads(manifests[-1].read_text())["facts"]
+    assert facts["round"] == 4
+    assert facts["client_rounds"] == 20
