@@ -50,7 +50,7 @@ def main() -> None:
     """Measure everything and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 224])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--weights", default="none", help="weights file for mobilenet_v2")
     parser.add_argument("--images", type=Path, help="zip or folder of JPEGs; default: synthetic")
     parser.add_argument("--repetitions", type=int, default=3)

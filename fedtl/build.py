@@ -147,6 +147,7 @@ def make_features(opened: OpenedData, progress: ExtractionProgress | None = None
         examples.fingerprint,
         dtype=section.feature_dtype,
         way=section.extraction,
+        device=scenario.engine.device,
         on_bad_file=scenario.data.on_bad_file,
         threads=allowed_threads(scenario),
         progress=progress,

@@ -100,9 +100,9 @@ def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, list[s
 
 
 def _hash(images: Images, i: int) -> Any:
-    from fedtl.transfer.features import content_hash
+    from fedtl.transfer.pipeline import hash_pixels
 
     try:
-        return content_hash(images.load(i))
+        return hash_pixels(images.load(i))
     except BadImage as error:
         return f"{error.where}: {error.reason}"

@@ -10,13 +10,13 @@ from fedtl.scenario.load import list_scenarios, strategy_names
 
 def choices() -> dict[str, list[str]]:
     """Names by kind. Backbones and data sets of torchvision are read from torchvision itself."""
-    from fedtl.data.torchvision_sets import dataset_names
+    from fedtl.data.torchvision_sets import SETS
     from fedtl.transfer.backbones import names as backbone_names
 
     return {
         "scenarios": list(list_scenarios()),
         "data sources": _literal(schema.Data, "source"),
-        "torchvision data sets": list(dataset_names()),
+        "torchvision data sets": list(SETS),
         "partitions": _literal(schema.Clients, "partition"),
         "backbones": list(backbone_names()),
         "heads": _literal(schema.Head, "kind"),

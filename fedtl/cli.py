@@ -186,8 +186,14 @@ def cache_rm(
 
     if (key is None) != everything:
         raise InputError("name one entry, or --all", do="'fedtl cache ls' shows the keys")
-    removed = FeatureStore().remove(key)
-    typer.echo(f"removed {removed} entr{'y' if removed == 1 else 'ies'}")
+    store = FeatureStore()
+    if key is not None:
+        found = [entry.key for entry in store.entries() if entry.key.startswith(key)]
+        if len(found) > 1:
+            raise InputError(f"{len(found)} keys begin so", got=key, do="Give more of the key")
+        key = found[0] if found else key
+    freed = store.remove(key)
+    typer.echo(f"freed {freed / 2**20:.1f} MiB")
 
 
 def _console(as_json: bool) -> Any:

@@ -51,7 +51,7 @@ class Forecast:
 def forecast(opened: OpenedData) -> Forecast:
     """What running this scenario on this machine will take."""
     scenario, split, examples = opened.scenario, opened.split, opened.examples
-    cached = examples.images is None or is_cached(opened)
+    cached = is_cached(opened)
     width = examples.features.shape[1] if examples.features is not None else opened.backbone.dim
     head = initial_head(scenario.head, width, len(examples.classes), scenario.seed)
     clients = len(split.names)
@@ -87,12 +87,14 @@ def forecast(opened: OpenedData) -> Forecast:
 
 def is_cached(opened: OpenedData) -> bool:
     """Whether the feature store has this scenario's features already."""
-    section = opened.scenario.backbone
-    return FeatureStore().has(
+    section, examples = opened.scenario.backbone, opened.examples
+    return examples.images is None or FeatureStore().has(
         opened.backbone,
-        opened.examples.fingerprint,
+        examples.images,
+        examples.fingerprint,
         dtype=section.feature_dtype,
         way=section.extraction,
+        device=opened.scenario.engine.device,
     )
 
 

@@ -153,9 +153,13 @@ def plan_round(federation: Federation, state: ServerState, round: int) -> RoundP
 def sample_cohort(seed: int, round: int, num_clients: int, fraction: float) -> Int64:
     """Sorted ids of a round's clients, drawn without replacement from the seeded stream."""
     size = max(1, round_half_up(fraction * num_clients))
+    return _drawn(num_clients, size, seeding.generator(seed, "cohort", round))
+
+
+def _drawn(num_clients: int, size: int, stream: np.random.Generator) -> Int64:
+    """``size`` of all clients, sorted; all of them where that many are wanted."""
     if size >= num_clients:
         return np.arange(num_clients, dtype=np.int64)
-    stream = seeding.generator(seed, "cohort", round)
     return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
 
 
@@ -177,10 +181,7 @@ def scheduled_rate(scenario: Scenario, round: int) -> float:
 def judged_clients(scenario: Scenario, num_clients: int) -> Int64:
     """The clients on whose test examples heads are judged, the same in every round."""
     size = max(1, round_half_up(scenario.evaluation.fraction * num_clients))
-    stream = seeding.generator(scenario.seed, "judged")
-    if size >= num_clients:
-        return np.arange(num_clients, dtype=np.int64)
-    return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
+    return _drawn(num_clients, size, seeding.generator(scenario.seed, "judged"))
 
 
 def _counted(progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head) -> Progress:
@@ -206,7 +207,7 @@ def _record(
 ) -> tuple[dict[str, list[Any]], Progress]:
     """Append the clients' rows; return the round's row (without its seconds)."""
     scenario, population = federation.scenario, federation.population
-    length = folder.clients.append(_training_rows(population, plan, updates, norms))
+    blocks = [_training_rows(population, plan, updates, norms)]
     size = head_bytes(state.head)
     trained = updates.num_examples.sum()
     row: dict[str, list[Any]] = {
@@ -228,11 +229,11 @@ def _record(
         clients = judged_clients(scenario, population.num_clients)
         metrics = federation.engine.evaluate(state.head, clients)
         names = population.columns(metrics.clients)
-        length = folder.clients.append(client_rows(plan.round, metrics, names, "federated", "test"))
+        blocks.append(client_rows(plan.round, metrics, names, "federated", "test"))
         facts = overall(metrics).as_facts()
         judged = {name: facts[name] for name in judged}
     row.update({name: [value] for name, value in judged.items()})
-    return row, replace(progress, clients_bytes=length)
+    return row, replace(progress, clients_bytes=folder.clients.append(*blocks))
 
 
 def _training_rows(

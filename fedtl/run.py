@@ -6,14 +6,14 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fedtl import machine
+from fedtl import machine, seeding
 from fedtl.build import (
     Built,
     OpenedData,
@@ -177,9 +177,13 @@ def _conclude(
     folder.clients.start(before)  # rows of references that an earlier attempt left are cut off
     judged = judged_clients(federation.scenario, federation.population.num_clients)
     judgements = _judgements(federation, folder, observer, interrupts, head, judged)
-    names = [federation.population.names[i] for i in judged.tolist()]
+    # Where only some clients were also trained alone, the verdict is about those.
+    compared = judgements.pop("federated_sample", judgements["federated"])
     verdict = give_verdict(
-        judgements["federated"], judgements.get("local_only"), judgements.get("centralised"), names
+        compared,
+        judgements.get("local_only"),
+        judgements.get("centralised"),
+        [federation.population.names[i] for i in compared.clients.tolist()],
     )
     folder.write_tables()
     folder.write_head(head, _head_card(built, opened))
@@ -221,6 +225,11 @@ def _judgements(
         folder.clients.append,
     )
     found = {"federated": judge_shared(judge, head, "federated")}
+    limit = scenario.evaluation.reference_clients
+    if len(judged) > limit and scenario.evaluation.references:
+        stream = seeding.generator(scenario.seed, "references")
+        judge = replace(judge, clients=np.sort(stream.choice(judged, limit, replace=False)))
+        found["federated_sample"] = judge_shared(judge, head, "federated")
     section = scenario.training
     training = LocalTraining(
         section.local_epochs,

@@ -204,9 +204,7 @@ def _train_group(
             total: list[list[torch.Tensor]] | None = None
             for start in range(0, max(len(batch) for batch in batches), PIECE):
                 x, labels, weight = _piece(population, batches, start, group, own.batch_size)
-                gradients, loss = group.gradient(
-                    x.to(device), labels.to(device), weight.to(device)
-                )
+                gradients, loss = group.gradient(x.to(device), labels.to(device), weight.to(device))
                 if epoch == 0:
                     kept = torch.where(weight > 0, loss.cpu().double(), 0.0)
                     summed += kept.sum(1).numpy()[: stop - first]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl.errors import InputError
-from fedtl.types import Float32, Int32, Int64, Rows
+from fedtl.types import Float32, Int32, Int64
 
 # A kernel call cannot be interrupted, and rows that must be converted are copied per call: at most
 # this many clients a call keeps Ctrl-C and memory in hand; a call costs some 20 microseconds.
@@ -24,16 +24,22 @@ class BlockRows:
 
     Attributes:
         features: float32 [M, D], contiguous: the whole matrix, uncopied, where it has that form.
+        halves: the bits of a float16 matrix, uint16 [M, D]; [0, D] where ``features`` are given.
         labels: int32 [M].
         index: int64 [n], rows of all the clients of the block.
         starts, stops: int64 [b]; client i has ``index[starts[i]:stops[i]]``.
     """
 
     features: Float32
+    halves: npt.NDArray[np.uint16]
     labels: Int32
     index: Int64
     starts: Int64
     stops: Int64
+
+    def as_arguments(self) -> tuple[npt.NDArray[Any], ...]:
+        """The kernels' first arguments, in their order."""
+        return self.features, self.halves, self.labels, self.index, self.starts, self.stops
 
 
 def frozen(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -43,36 +49,51 @@ def frozen(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return view
 
 
+def readable(features: npt.NDArray[np.floating[Any]]) -> bool:
+    """Whether the kernels can read rows of this matrix where they lie."""
+    flags = features.flags
+    return features.dtype in (np.float32, np.float16) and flags.c_contiguous and flags.aligned
+
+
 def block_rows(
     features: npt.NDArray[np.floating[Any]], labels: Int32, rows: list[Int64]
 ) -> BlockRows:
-    """Gather the rows of a block of clients.
+    """Say where the rows of a block of clients are.
 
-    A contiguous float32 matrix is passed on as it is (memory-mapped or not). Of any other (float16,
-    strided, misaligned) this block's rows are copied as float32.
+    A contiguous float32 or float16 matrix is passed on as it is (memory-mapped or not). Of any
+    other (strided, misaligned) this block's rows are copied as float32.
 
     Args:
         features: [N, D] floating.
         labels: [N].
-        rows: each client's rows, int64 [n_i] in [0, N).
+        rows: each client's rows, int64 [n_i] in [0, N); one and the same array may stand for all.
 
     Raises:
         InputError: a row that the matrix does not have.
     """
-    index = np.ascontiguousarray(np.concatenate(rows) if rows else [], dtype=np.int64)
-    if len(index) and (index.min() < 0 or index.max() >= min(len(features), len(labels))):
+    shared = all(own is rows[0] for own in rows)
+    index = rows[0] if shared else np.concatenate(rows)
+    stops = np.cumsum([0 if shared and i else len(own) for i, own in enumerate(rows)])
+    starts = np.zeros_like(stops) if shared else stops - [len(own) for own in rows]
+    if len(index) and (index.min() < 0 or index.max() >= len(features)):
         raise InputError(
             "a client refers to rows that the features do not have",
             got=f"rows {index.min()} to {index.max()}",
-            allowed=f"0 to {min(len(features), len(labels)) - 1}",
+            allowed=f"0 to {len(features) - 1}",
         )
-    stops = np.cumsum([len(own) for own in rows], dtype=np.int64)
-    starts = stops - np.array([len(own) for own in rows], dtype=np.int64)
-    flags = features.flags
-    if not (features.dtype == np.float32 and flags.c_contiguous and flags.aligned):
+    if not readable(features):
         features, labels = features[index].astype(np.float32), labels[index]
-        index = np.arange(len(index), dtype=np.int64)
-    return BlockRows(frozen(features, np.float32), frozen(labels, np.int32), index, starts, stops)
+        index = np.arange(len(index))
+    empty = np.empty((0, features.shape[1]), np.float32)
+    halves = features.view(np.uint16) if features.dtype == np.float16 else empty
+    return BlockRows(
+        frozen(empty if features.dtype == np.float16 else features, np.float32),
+        frozen(halves, np.uint16),
+        frozen(labels, np.int32),
+        np.ascontiguousarray(index, dtype=np.int64).copy(),
+        starts.astype(np.int64),
+        stops.astype(np.int64),
+    )
 
 
 def run_blocks(

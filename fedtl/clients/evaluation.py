@@ -81,9 +81,7 @@ def _judge_clients(
         raise InputError("unknown split", got=repr(split), allowed="train, test")
     rows = [splits[split].of(client) for client in clients.tolist()]
     try:
-        return _judge(
-            population.features, population.labels, rows, clients, heads, threads, device
-        )
+        return _judge(population.features, population.labels, rows, clients, heads, threads, device)
     except _BadLabel as error:
         raise label_error(population, int(clients[error.position]), error.num_classes) from None
 
@@ -122,8 +120,7 @@ def _judge(
             block = block_rows(features, labels, rows[first:stop])
             part = slice(first, stop) if len(weights) > 1 else slice(None)
             bad = evaluate_block(
-                block.features, block.labels, block.index, block.starts, block.stops,
-                weights[part], biases[part], result.loss_sum[first:stop],
+                *block.as_arguments(), weights[part], biases[part], result.loss_sum[first:stop],
                 result.correct[first:stop], result.count[first:stop],
             )  # fmt: skip
             if bad != EVERYTHING_FINE:

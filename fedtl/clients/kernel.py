@@ -7,7 +7,10 @@ NaN or infinite stays so, to be refused by whoever validates the updates.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from fedtl.clients.batches import fill_order
@@ -15,7 +18,7 @@ from fedtl.clients.tiles import CLASSES, LANES, SAMPLES, VECTORS, gradient, scor
 from fedtl.types import Float32, Float64, Int32, Int64, UInt64
 
 BLOCK = 64
-"""Samples whose scores are held at once; longer batches go through in pieces of this size. A block
+"""Samples whose scores are held at once; longer batches go through in pieces of this size. A piece
 of 64 rows stays in a core's second-level cache up to about 4,000 features."""
 EVERYTHING_FINE = -1
 
@@ -25,6 +28,62 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer in the low bits
 _ROUND_BITS = np.int32(0x4B400000)
 _SMALLEST = np.float32(-87.0)  # exp of it is still a normal float32
+_HALF_SCALE = np.float32(2.0**112)  # between the exponents of float16 and float32
+
+
+class _Work(NamedTuple):
+    """One call's own memory, small enough for a core's caches.
+
+    Attributes:
+        weight: the head, float32 [C, stride]: D features, zeros up to whole vectors, then the bias
+            and zeros. ``grad``, ``speed`` (momentum) and ``start`` have the same form.
+        logits: [C, BLOCK] scores, later residuals.
+        top, total: [BLOCK] largest score of a sample and its sum of exponentials.
+        table, upcoming: [BLOCK] addresses of this piece's rows and of the next piece's.
+        packed: [BLOCK, stride] copied rows, [0, stride] where rows are read where they lie.
+        num_vectors: vectors in a row.
+    """
+
+    weight: Float32
+    start: Float32
+    speed: Float32
+    grad: Float32
+    logits: Float32
+    top: Float32
+    total: Float32
+    table: Int64
+    upcoming: Int64
+    packed: Float32
+    num_vectors: int
+
+
+@njit(nogil=True, cache=True)
+def _aligned(rows: int, columns: int) -> Float32:
+    """Zeros [rows, columns] from a cache line's start (vectors across two lines cost double)."""
+    size = rows * columns
+    memory = np.zeros(size + 16, dtype=np.float32)
+    start = (-memory.ctypes.data % 64) // 4
+    return memory[start : start + size].reshape(rows, columns)
+
+
+@njit(nogil=True, cache=True)
+def _workplace(num_classes: int, width: int, copies: bool) -> _Work:
+    num_vectors = (width + LANES - 1) // LANES
+    # 16 floats hold the bias, and keep rows from lying 2 KB or 4 KB apart, in the same cache sets.
+    stride = num_vectors * LANES + 16
+    return _Work(
+        _aligned(num_classes, stride),
+        _aligned(num_classes, stride),
+        _aligned(num_classes, stride),
+        _aligned(num_classes, stride),
+        _aligned(num_classes, BLOCK),
+        np.zeros(BLOCK, np.float32),
+        np.zeros(BLOCK, np.float32),
+        np.zeros(BLOCK, np.int64),
+        np.zeros(BLOCK, np.int64),
+        _aligned(BLOCK if copies or width % LANES else 0, stride),
+        num_vectors,
+    )
 
 
 @njit(nogil=True, cache=True, inline="always")
@@ -46,79 +105,108 @@ def _exp(x: np.float32) -> np.float32:
     return series * np.int32(bits).view(np.float32)
 
 
-@njit(nogil=True, cache=True)
-def _aligned(rows: int, columns: int) -> Float32:
-    """Zeros [rows, columns] from a cache line's start (vectors across two lines cost double)."""
-    size = rows * columns
-    memory = np.zeros(size + 16, dtype=np.float32)
-    start = (-memory.ctypes.data % 64) // 4
-    return memory[start : start + size].reshape(rows, columns)
+@njit(nogil=True, cache=True, inline="always")
+def _widen(half: np.uint16) -> np.float32:
+    """The float32 equal to a float16 given by its bits (Numba has no float16 on the CPU)."""
+    bits = np.uint32(half)
+    number = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * _HALF_SCALE
+    if bits & np.uint32(0x7C00) == np.uint32(0x7C00):  # infinite or NaN
+        number = np.uint32((bits << np.uint32(13)) | np.uint32(0x7F800000)).view(np.float32)
+    return -abs(number) if bits & np.uint32(0x8000) else number
 
 
 @njit(nogil=True, cache=True)
-def _place(features: Float32, rows: Int64, packed: Float32, table: Int64) -> None:
-    """Fill ``table`` with where each row lies; rows of no whole vectors are copied and padded."""
+def _place(features: Float32, halves: npt.NDArray[np.uint16], rows: Int64, work: _Work) -> None:
+    """Note where each row lies. Half-width rows, and rows of no whole vectors, are copied."""
     width = features.shape[1]
     for s in range(len(rows)):
-        if packed.shape[0]:
+        if len(work.packed) == 0:
+            work.table[s] = features.ctypes.data + rows[s] * width * 4
+            continue
+        work.table[s] = work.packed.ctypes.data + s * work.packed.shape[1] * 4
+        if len(halves):
             for d in range(width):
-                packed[s, d] = features[rows[s], d]
-            table[s] = packed.ctypes.data + s * packed.shape[1] * 4
+                work.packed[s, d] = _widen(halves[rows[s], d])
         else:
-            table[s] = features.ctypes.data + rows[s] * width * 4
+            for d in range(width):
+                work.packed[s, d] = features[rows[s], d]
 
 
 @njit(nogil=True, cache=True)
-def _forward(
-    table: Int64, num: int, weight: Float32, bias: Float32, logits: Float32, length: int
-) -> None:
-    """logits[c, s] of ``num`` samples."""
-    num_classes = len(bias)
+def _forward(num: int, work: _Work) -> None:
+    """Write logits[c, s] of ``num`` samples; the rest of a line is unspecified."""
+    num_classes, logits = len(work.weight), work.logits
     for c in range(0, num_classes, CLASSES):
         classes = min(CLASSES, num_classes - c)
         s = 0
         while s < num:
             samples = SAMPLES if num - s >= SAMPLES else 1
-            scores(table, weight, logits, s, c, length, samples, classes)
+            scores(work.table, work.weight, logits, s, c, work.num_vectors, samples, classes)
             s += samples
     for c in range(num_classes):
+        bias = work.weight[c, work.num_vectors * LANES]
         for s in range(BLOCK):
-            logits[c, s] += bias[c]
+            logits[c, s] += bias
 
 
 @njit(nogil=True, cache=True)
-def _backward(
-    table: Int64, upcoming: Int64, num: int,
-    residual: Float32, grad: Float32, grad_bias: Float32, length: int,
-) -> None:  # fmt: skip
-    """Add the gradient of ``num`` samples."""
-    num_classes = len(grad_bias)
+def _backward(num: int, work: _Work) -> None:
+    """Add the gradient of ``num`` samples whose residuals stand in ``logits``."""
+    num_classes = len(work.grad)
     v = 0
-    while v < length:
-        vectors = VECTORS if length - v >= VECTORS else 1
+    while v < work.num_vectors:
+        vectors = VECTORS if work.num_vectors - v >= VECTORS else 1
         for c in range(0, num_classes, CLASSES):
             classes = min(CLASSES, num_classes - c)
-            gradient(table, upcoming, residual, grad, v * LANES, c, num, vectors, classes)
+            gradient(
+                work.table, work.upcoming, work.logits, work.grad,
+                v * LANES, c, num, vectors, classes,
+            )  # fmt: skip
         v += vectors
     for c in range(num_classes):
         for s in range(num):
-            grad_bias[c] += residual[c, s]
+            work.grad[c, work.num_vectors * LANES] += work.logits[c, s]
 
 
 @njit(nogil=True, cache=True)
-def _exponentials(logits: Float32, num_classes: int, top: Float32, total: Float32) -> None:
+def _exponentials(logits: Float32, top: Float32, total: Float32) -> None:
     """Turn logits[c, s] into exp(logit - top[s]); ``total`` becomes their sum per sample."""
     for s in range(BLOCK):
         top[s] = logits[0, s]
         total[s] = 0.0
-    for c in range(1, num_classes):
+    for c in range(1, len(logits)):
         for s in range(BLOCK):
             top[s] = logits[c, s] if logits[c, s] > top[s] else top[s]
-    for c in range(num_classes):
+    for c in range(len(logits)):
         for s in range(BLOCK):
             value = _exp(logits[c, s] - top[s])
             logits[c, s] = value
             total[s] += value
+
+
+@njit(nogil=True, cache=True)
+def _losses(labels: Int32, chosen: Int64, work: _Work) -> float:
+    """Turn logits into exponentials and return the summed cross-entropy."""
+    loss = 0.0
+    for s in range(len(chosen)):
+        loss -= work.logits[labels[chosen[s]], s]
+    _exponentials(work.logits, work.top, work.total)
+    for s in range(len(chosen)):
+        loss += np.log(np.float64(work.total[s])) + work.top[s]
+    return loss
+
+
+@njit(nogil=True, cache=True)
+def _residuals(labels: Int32, chosen: Int64, share: np.float32, work: _Work) -> None:
+    """Turn exponentials into share * (probability - truth)."""
+    logits, total = work.logits, work.total
+    for s in range(BLOCK):
+        total[s] = share / total[s]
+    for c in range(len(logits)):
+        for s in range(BLOCK):
+            logits[c, s] *= total[s]
+    for s in range(len(chosen)):
+        logits[labels[chosen[s]], s] -= share
 
 
 @njit(nogil=True, cache=True)
@@ -141,29 +229,78 @@ def _descend(
 
 
 @njit(nogil=True, cache=True)
-def _out_of_range(index: Int64, labels: Int32, num_rows: int, num_classes: int) -> bool:
-    for row in index:
-        if row < 0 or row >= num_rows or labels[row] < 0 or labels[row] >= num_classes:
+def _out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
+    for row in rows:
+        if row < 0 or row >= len(labels) or labels[row] < 0 or labels[row] >= num_classes:
             return True
     return False
 
 
 @njit(nogil=True, cache=True)
+def _take(weight: Float32, bias: Float32, work: _Work) -> None:
+    """Take over a head [C, D] and [C]."""
+    work.weight[:, : weight.shape[1]] = weight
+    work.weight[:, work.num_vectors * LANES] = bias
+
+
+@njit(nogil=True, cache=True)
+def _train_client(
+    features: Float32, halves: npt.NDArray[np.uint16], labels: Int32, rows: Int64, key: np.uint64,
+    epochs: int, batch_size: int,
+    rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32, work: _Work,
+) -> float:  # fmt: skip
+    """Train ``work.weight`` on one client's rows; returns the first epoch's summed loss."""
+    work.start[:], work.speed[:], work.grad[:] = work.weight, 0.0, 0.0
+    order, later = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+    loss = 0.0
+    fill_order(key, 0, later)
+    for epoch in range(epochs):
+        order, later = later, order
+        fill_order(key, epoch + 1, later)
+        for low in range(0, len(rows), batch_size):
+            high = min(low + batch_size, len(rows))
+            share = np.float32(1.0 / (high - low))
+            for begin in range(low, high, BLOCK):
+                end = min(begin + BLOCK, high)
+                chosen = rows[order[begin:end]]
+                _place(features, halves, chosen, work)
+                _forward(len(chosen), work)
+                if epoch == 0:
+                    loss += _losses(labels, chosen, work)
+                else:
+                    _exponentials(work.logits, work.top, work.total)
+                _residuals(labels, chosen, share, work)
+                following = order[end : end + BLOCK] if end < len(rows) else later[:BLOCK]
+                for s in range(len(following)):
+                    work.upcoming[s] = features.ctypes.data + (
+                        rows[following[s]] * features.shape[1] * 4
+                    )
+                _backward(len(chosen), work)
+            _descend(
+                work.weight.reshape(-1), work.start.reshape(-1), work.speed.reshape(-1),
+                work.grad.reshape(-1), rate, momentum, decay, proximal,
+            )  # fmt: skip
+    return loss
+
+
+@njit(nogil=True, cache=True)
 def train_block(
-    features: Float32, labels: Int32, index: Int64, starts: Int64, stops: Int64, keys: UInt64,
-    weights: Float32, biases: Float32, epochs: int, batch_size: int,
+    features: Float32, halves: npt.NDArray[np.uint16], labels: Int32,
+    index: Int64, starts: Int64, stops: Int64, weights: Float32, biases: Float32,
+    keys: UInt64, epochs: int, batch_size: int,
     rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32,
     out_weights: Float32, out_biases: Float32, out_loss: Float64,
 ) -> int:  # fmt: skip
     """Train clients one after another by mini-batch SGD on mean cross-entropy.
 
     Args:
-        features: [N, D], contiguous.
+        features: [N, D], contiguous; [0, D] where ``halves`` are given.
+        halves: bits of a float16 matrix [N, D], or [0, D].
         labels: [N].
         index: rows of the clients; client i has ``index[starts[i]:stops[i]]``.
         starts, stops: [k].
-        keys: [k], batch order.
         weights, biases: [k or 1, C, D] and [k or 1, C], where each client starts.
+        keys: [k], batch order.
         epochs, batch_size, rate, momentum, decay, proximal: as LocalTraining.
         out_weights, out_biases: [k, C, D] and [k, C], written.
         out_loss: [k], mean loss over the first epoch, NaN without examples, written.
@@ -172,77 +309,33 @@ def train_block(
         EVERYTHING_FINE, or the first client whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    length = (width + LANES - 1) // LANES
-    # Whole rows in 2 KB or 4 KB steps would fall into the same cache sets: one line more apart.
-    stride = length * LANES + 16
-    weight, start = _aligned(num_classes, stride), _aligned(num_classes, stride)
-    speed, grad = _aligned(num_classes, stride), _aligned(num_classes, stride)
-    bias, start_bias = np.zeros(num_classes, np.float32), np.zeros(num_classes, np.float32)
-    speed_bias, grad_bias = np.zeros(num_classes, np.float32), np.zeros(num_classes, np.float32)
-    logits = _aligned(num_classes, BLOCK)
-    top, total = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    table, upcoming = np.zeros(BLOCK, np.int64), np.zeros(BLOCK, np.int64)
-    packed = _aligned(0 if width % LANES == 0 else BLOCK, stride)
+    work = _workplace(num_classes, width, len(halves) > 0)
     for i in range(len(starts)):
         rows = index[starts[i] : stops[i]]
-        if _out_of_range(rows, labels, len(features), num_classes):
+        if _out_of_range(rows, labels, num_classes):
             return i
         first = i if len(weights) > 1 else 0
-        weight[:, :width] = weights[first]
-        bias[:] = biases[first]
-        start[:], start_bias[:], speed[:], speed_bias[:] = weight, bias, 0.0, 0.0
-        order, later = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        loss = 0.0
-        fill_order(keys[i], 0, later)
-        for epoch in range(epochs):
-            order, later = later, order
-            fill_order(keys[i], epoch + 1, later)
-            for low in range(0, len(rows), batch_size):
-                high = min(low + batch_size, len(rows))
-                share = np.float32(1.0 / (high - low))
-                for s0 in range(low, high, BLOCK):
-                    chosen = rows[order[s0 : min(s0 + BLOCK, high)]]
-                    num = len(chosen)
-                    _place(features, chosen, packed, table)
-                    _forward(table, num, weight, bias, logits, length)
-                    if epoch == 0:
-                        own = np.empty(num, np.float32)
-                        for s in range(num):
-                            own[s] = logits[labels[chosen[s]], s]
-                    _exponentials(logits, num_classes, top, total)
-                    if epoch == 0:
-                        for s in range(num):
-                            loss += np.log(np.float64(total[s])) - np.float64(own[s] - top[s])
-                    for s in range(BLOCK):
-                        total[s] = share / total[s]
-                    for c in range(num_classes):
-                        for s in range(BLOCK):
-                            logits[c, s] *= total[s]
-                    for s in range(num):
-                        logits[labels[chosen[s]], s] -= share
-                    after = s0 + BLOCK if s0 + BLOCK < high else high
-                    nextup = order[after:after+BLOCK] if after < len(rows) else later[:BLOCK]
-                    for s in range(min(len(nextup), batch_size)):
-                        upcoming[s] = features.ctypes.data + rows[nextup[s]] * width * 4
-                    _backward(table, upcoming, num, logits, grad, grad_bias, length)
-                _descend(weight.reshape(-1), start.reshape(-1), speed.reshape(-1),
-                         grad.reshape(-1), rate, momentum, decay, proximal)  # fmt: skip
-                _descend(bias, start_bias, speed_bias, grad_bias, rate, momentum, decay, proximal)
-        out_weights[i] = weight[:, :width]
-        out_biases[i] = bias
-        out_loss[i] = loss / len(rows) if len(rows) and epochs else np.nan
+        _take(weights[first], biases[first], work)
+        loss = _train_client(
+            features, halves, labels, rows, keys[i],
+            epochs, batch_size, rate, momentum, decay, proximal, work,
+        )  # fmt: skip
+        out_weights[i] = work.weight[:, :width]
+        out_biases[i] = work.weight[:, work.num_vectors * LANES]
+        out_loss[i] = loss / len(rows) if len(rows) > 0 and epochs > 0 else np.nan
     return EVERYTHING_FINE
 
 
 @njit(nogil=True, cache=True)
 def evaluate_block(
-    features: Float32, labels: Int32, index: Int64, starts: Int64, stops: Int64,
-    weights: Float32, biases: Float32, loss_sum: Float64, correct: Int64, count: Int64,
+    features: Float32, halves: npt.NDArray[np.uint16], labels: Int32,
+    index: Int64, starts: Int64, stops: Int64, weights: Float32, biases: Float32,
+    loss_sum: Float64, correct: Int64, count: Int64,
 ) -> int:  # fmt: skip
     """Judge head i (or the only head) on rows ``index[starts[i]:stops[i]]``.
 
     Args:
-        features, labels, index, starts, stops, weights, biases: as for train_block.
+        features, halves, labels, index, starts, stops, weights, biases: as for train_block.
         loss_sum: [k], summed cross-entropy, written.
         correct, count: [k, C], right predictions and examples by true class, added to.
 
@@ -250,33 +343,24 @@ def evaluate_block(
         EVERYTHING_FINE, or the first i whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    length = (width + LANES - 1) // LANES
-    weight = _aligned(num_classes, length * LANES + 16)
-    logits = _aligned(num_classes, BLOCK)
-    top, total = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    table = np.zeros(BLOCK, np.int64)
-    packed = _aligned(0 if width % LANES == 0 else BLOCK, length * LANES + 16)
+    work = _workplace(num_classes, width, len(halves) > 0)
     for i in range(len(starts)):
-        if _out_of_range(index[starts[i] : stops[i]], labels, len(features), num_classes):
+        if _out_of_range(index[starts[i] : stops[i]], labels, num_classes):
             return i
-        head = i if len(weights) > 1 else 0
         if i == 0 or len(weights) > 1:
-            weight[:, :width] = weights[head]
+            _take(weights[i], biases[i], work)
         loss = 0.0
-        for s0 in range(starts[i], stops[i], BLOCK):
-            chosen = index[s0 : min(s0 + BLOCK, stops[i])]
-            _place(features, chosen, packed, table)
-            _forward(table, len(chosen), weight, biases[head], logits, length)
+        for begin in range(starts[i], stops[i], BLOCK):
+            chosen = index[begin : min(begin + BLOCK, stops[i])]
+            _place(features, halves, chosen, work)
+            _forward(len(chosen), work)
             for s in range(len(chosen)):
                 label, best = labels[chosen[s]], 0
                 for c in range(1, num_classes):
-                    if logits[c, s] > logits[best, s]:
+                    if work.logits[c, s] > work.logits[best, s]:
                         best = c
                 count[i, label] += 1
                 correct[i, label] += best == label
-                loss -= logits[label, s]
-            _exponentials(logits, num_classes, top, total)
-            for s in range(len(chosen)):
-                loss += np.log(np.float64(total[s])) + top[s]
+            loss += _losses(labels, chosen, work)
         loss_sum[i] = loss
     return EVERYTHING_FINE

@@ -51,7 +51,9 @@ def _total(builder: Any, vector: Any) -> Any:
             builder.shuffle_vector(
                 vector,
                 ir.Constant(vector.type, ir.Undefined),
-                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width))),
+                ir.Constant(
+                    ir.VectorType(ir.IntType(32), width), list(range(start, start + width))
+                ),
             )
             for start in (0, width)
         )
@@ -86,12 +88,12 @@ def _row(builder: Any, table: Any, sample: Any) -> Any:
 
 
 def _sums(builder: Any, rows: int, columns: int) -> list[list[Any]]:
-    return [
-        [cgutils.alloca_once(builder, _VECTOR) for _ in range(columns)] for _ in range(rows)
-    ]
+    return [[cgutils.alloca_once(builder, _VECTOR) for _ in range(columns)] for _ in range(rows)]
 
 
-def _accumulate(builder: Any, sums: Sequence[Sequence[Any]], left: list[Any], right: list[Any]) -> None:
+def _accumulate(
+    builder: Any, sums: Sequence[Sequence[Any]], left: list[Any], right: list[Any]
+) -> None:
     for j, b in enumerate(right):
         for i, a in enumerate(left):
             builder.store(_multiply_add(builder, a, b, builder.load(sums[i][j])), sums[i][j])
@@ -132,7 +134,12 @@ def _emit_scores(
 
 
 def _emit_gradient(
-    builder: Any, tables: list[Any], residual: _Matrix, out: _Matrix, at: Any, shape: tuple[int, int]
+    builder: Any,
+    tables: list[Any],
+    residual: _Matrix,
+    out: _Matrix,
+    at: Any,
+    shape: tuple[int, int],
 ) -> None:
     (table, upcoming), (column, cls, num_samples) = tables, at
     columns = [builder.add(column, ir.Constant(_INT, LANES * v)) for v in range(shape[0])]

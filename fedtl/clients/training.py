@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedtl.clients.blocks import block_rows, frozen, run_blocks
+from fedtl.clients.blocks import block_rows, frozen, readable, run_blocks
 from fedtl.errors import InputError
 from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population, RoundPlan
 
@@ -81,13 +81,15 @@ def _train_linear(
         )
         part = slice(first, stop) if len(weights) > 1 else slice(None)
         bad = train_block(
-            rows.features, rows.labels, rows.index, rows.starts, rows.stops, keys[first:stop],
-            weights[part], biases[part], own.epochs, own.batch_size, *rates,
+            *rows.as_arguments(), weights[part], biases[part], keys[first:stop],
+            own.epochs, own.batch_size, *rates,
             out_weights[first:stop], out_biases[first:stop], loss[first:stop],
         )  # fmt: skip
         if bad != EVERYTHING_FINE:
             raise label_error(population, int(clients[first + bad]), num_classes)
 
+    if not readable(population.features):
+        block_size = 1  # copied rows: of one client a thread
     run_blocks(work, num, threads=threads, block_size=block_size)
     return ClientUpdates(
         round=plan.round,
@@ -150,7 +152,9 @@ def check_heads(
     first = head["hidden.0.weight" if "hidden.0.weight" in head else "weight"]
     if first.ndim != 2 or first.shape[1] != width:
         raise InputError(
-            "the head does not fit the features", got=f"shape {first.shape}", allowed=f"[C, {width}]"
+            "the head does not fit the features",
+            got=f"shape {first.shape}",
+            allowed=f"[C, {width}]",
         )
     if initial is None:
         return {name: np.asarray(tensor)[None] for name, tensor in head.items()}

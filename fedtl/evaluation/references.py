@@ -28,6 +28,7 @@ class Judgement:
     """What one kind of head is worth.
 
     Attributes:
+        clients: int64 [k], the judged clients.
         facts: for ``summary.json``: metrics on the clients' own test examples, and
             ``accuracy_everyone`` on everybody's.
         own: float64 [k], accuracy on each client's own test examples, NaN where it has none.
@@ -35,6 +36,7 @@ class Judgement:
         everyone: float64 [k], accuracy of each client's head on everybody's test examples.
     """
 
+    clients: Int64
     facts: dict[str, Any]
     own: Float64
     own_examples: Int64
@@ -118,7 +120,8 @@ def judge_alone(
     facts: dict[str, Any] = dict(overall(at_home).as_facts())
     facts["accuracy_everyone"] = defined(float(np.mean(everywhere)))
     mine_alone = per_client(at_home)
-    return Judgement(facts, mine_alone.accuracy, mine_alone.examples, everywhere)
+    facts["clients"] = len(judge.clients)
+    return Judgement(judge.clients, facts, mine_alone.accuracy, mine_alone.examples, everywhere)
 
 
 def judge_pooled(judge: Judge, head: Head, weight_decay: float) -> Judgement:
@@ -161,7 +164,8 @@ def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
     each, accuracy = per_client(own), per_client(everyone).accuracy
     facts: dict[str, Any] = dict(overall(own).as_facts())
     facts["accuracy_everyone"] = defined(float(per_client(shared).accuracy[0]))
-    return Judgement(facts, each.accuracy, each.examples, accuracy)
+    facts["clients"] = len(judge.clients)
+    return Judgement(judge.clients, facts, each.accuracy, each.examples, accuracy)
 
 
 def _chunks(clients: Int64, size: int) -> Iterator[Int64]:

@@ -72,11 +72,7 @@ def give_verdict(
         gap = _number(pooled.facts["accuracy"]) - _number(federated.facts["accuracy"])
         lines.append(
             f"Pooling everybody's data would give {_percent(pooled.facts['accuracy'])}: "
-            + (
-                f"{_points(gap)} more than federating."
-                if gap > 0
-                else f"{_points(-gap)} less than federating."
-            )
+            f"{_points(gap)[1:]} {'more' if gap > 0 else 'less'} than federating."
         )
     best, worst = _extremes(federated.own)
     if best is not None and worst is not None:
@@ -116,7 +112,7 @@ def _headline(home: _Comparison, abroad: _Comparison) -> str:
         return (
             "It depends: at home a client's own head is better, everywhere else the federated one."
             if at_home == "loss"
-            else "Federating costs nothing at home and is far better on everybody else's examples."
+            else "No clear difference at home; everywhere else the federated head is far better."
         )
     return (
         "Stay alone: the federated head is worse at home and no better elsewhere."

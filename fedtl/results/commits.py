@@ -46,7 +46,7 @@ def write_commit(folder: Path, commit: Commit) -> None:
     """Commit a round: tensors first, manifest last, then old ones are dropped."""
     stem = f"round-{commit.round:06d}"
     content = save({k: np.ascontiguousarray(v) for k, v in commit.tensors.items()})
-    write_atomic(folder / f"{stem}.safetensors", content)
+    write_atomic(folder / f"{stem}.safetensors", content, last=False)
     failpoint("before_manifest", commit.round)
     manifest = {
         "format": FORMAT,

@@ -8,8 +8,10 @@ from pathlib import Path
 from fedtl.errors import writing
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes, *, last: bool = True) -> None:
     """Temporary name in the same folder, fsync, replace, fsync of the folder.
+
+    Where several files belong together, only the ``last`` needs the fsync of their folder.
 
     Raises EnvironmentFault when the disk is full or the folder cannot be written; no temporary
     file stays behind.
@@ -24,7 +26,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if last:
+            sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

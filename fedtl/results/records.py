@@ -75,11 +75,12 @@ class RecordStream:
             self.path.write_bytes(self.schema.serialize().to_pybytes())
             sync_folder(self.path.parent)
 
-    def append(self, columns: Mapping[str, Sequence[Any] | Any]) -> int:
-        """Add rows and return the file's length in bytes, which the next commit remembers."""
-        batch = pa.RecordBatch.from_pydict(dict(columns), schema=self.schema)
+    def append(self, *blocks: Mapping[str, Sequence[Any] | Any]) -> int:
+        """Add blocks of rows and return the file's length in bytes, which the next commit keeps."""
         with writing(self.path.name, self.path.parent), open(self.path, "ab") as file:
-            file.write(batch.serialize().to_pybytes())
+            for columns in blocks:
+                batch = pa.RecordBatch.from_pydict(dict(columns), schema=self.schema)
+                file.write(batch.serialize())
             file.flush()
             os.fsync(file.fileno())
             return file.tell()

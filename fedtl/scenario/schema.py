@@ -187,6 +187,9 @@ class Evaluation(Section):
     references: list[Literal["local_only", "centralised"]] = ["local_only", "centralised"]
     every: Count = Field(1, description="rounds between evaluations; the last is always judged")
     fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
+    reference_clients: Count = Field(
+        1000, description="at most this many clients are also trained alone (seeded)"
+    )
     everyone_examples: Count = Field(
         10_000, description="at most this many test examples stand for everybody's (seeded)"
     )

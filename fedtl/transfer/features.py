@@ -141,18 +141,35 @@ class FeatureStore:
         if len(images) == 0:
             raise InputError("there is no image to extract features from", where="data")
         resolved = extraction.resolve_way(way, device, backbone, self._exports)
-        try:
-            return self._open_or_build(order, resolved, [])
-        except extraction.WayRefused as refusal:
-            if way == "onnx" or resolved == "torch":
-                raise EnvironmentFault(
-                    f"{backbone.name} cannot be run this way: {refusal}",
-                    where="backbone.extraction",
-                    got=repr(resolved),
-                    do="Set backbone.extraction = 'auto' or 'torch'",
-                ) from refusal
-            note = f"{backbone.name} is run by torch on the CPU, not by {resolved}: {refusal}"
-            return self._open_or_build(order, "torch", [note])
+        notes: list[str] = []
+        while True:
+            try:
+                return self._open_or_build(order, resolved, notes)
+            except extraction.WayRefused as refusal:
+                if way == "onnx" or resolved == "torch":
+                    raise EnvironmentFault(
+                        f"{backbone.name} cannot be run this way: {refusal}",
+                        where="backbone.extraction",
+                        got=repr(resolved),
+                        do="Set backbone.extraction = 'auto' or 'torch'",
+                    ) from refusal
+                notes.append(f"{backbone.name} is run by torch, not by {resolved}: {refusal}")
+                resolved = "torch"
+
+    def has(
+        self,
+        backbone: Backbone,
+        images: Images,
+        fingerprint: str,
+        *,
+        dtype: str = "float32",
+        way: str = "auto",
+        device: str = "auto",
+    ) -> bool:
+        """Whether ``features`` would find an entry; it is not verified here."""
+        order = _Order(backbone, images, fingerprint, dtype, "stop", 1, None)
+        key = order.key(extraction.resolve_way(way, device, backbone, self._exports))
+        return (self._folder / key / entries.MANIFEST).is_file()
 
     def entries(self) -> tuple[StoreEntry, ...]:
         """What the store holds, least recently used first; damaged entries are left out."""

@@ -245,6 +245,8 @@ def _download(
                 file.write(chunk)
     except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
         reason = getattr(error, "reason", None) or type(error).__name__
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise _offline(name, folder, str(reason)) from error
     if received > MAX_BYTES or (announced and received != announced):
         raise _offline(name, folder, f"it ended after {received:,} of {announced:,} bytes")

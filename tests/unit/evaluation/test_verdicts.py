@@ -16,7 +16,7 @@ def judgement(own: list[float], everyone: float) -> Judgement:
         "examples": EXAMPLES * len(own),
     }
     size = len(own)
-    return Judgement(facts, np.array(own), np.full(size, EXAMPLES), np.full(size, everyone))
+    return Judgement(np.arange(size), facts, np.array(own), np.full(size, EXAMPLES), np.full(size, everyone))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def judgement(own: list[float], everyone: float) -> Judgement:
         (([0.9, 0.9], 0.9), ([0.7, 0.7], 0.5), "Federating pays"),
         (([0.8, 0.8], 0.8), ([0.95, 0.95], 0.4), "It depends"),
         (([0.8, 0.8], 0.8), ([0.95, 0.95], 0.9), "Stay alone"),
-        (([0.9, 0.9], 0.9), ([0.9, 0.905], 0.5), "costs nothing at home"),
+        (([0.9, 0.9], 0.9), ([0.9, 0.905], 0.5), "No clear difference at home"),
         (([0.9, 0.9], 0.9), ([0.9, 0.905], 0.9), "Not enough evidence"),
     ],
 )

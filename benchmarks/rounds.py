@@ -1,0 +1,161 @@
+"""The whole round loop against the kernel alone, against FedJAX, and with a large population.
+
+    uv run python benchmarks/rounds.py [--fedjax PYTHON] [--population]
+
+Reference work: 100 clients x 500 examples x 512 features, 10 classes, 5 epochs, batch 50, all
+clients in each of 5 rounds. Everything of one run of this script is measured on the same machine
+in the same minutes, so the ratios hold where absolute times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fedtl import machine
+from fedtl.clients.training import train_clients
+from fedtl.engines import LocalEngine
+from fedtl.interrupts import Interrupts
+from fedtl.results.runs import RunFolder
+from fedtl.rounds import Federation, plan_round, run_rounds
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import ServerState, make_strategy
+from fedtl.types import Population, Rows
+
+CLIENTS, EXAMPLES, TESTS, FEATURES, CLASSES = 100, 500, 125, 512, 10
+WORK = {
+    "name": "reference",
+    "rounds": 5,
+    "training": {"local_epochs": 5, "batch_size": 50},
+    "evaluation": {"references": []},
+}
+REPEATS = 7
+
+
+def rows(counts: np.ndarray, first: int) -> Rows:
+    """Consecutive rows for each client."""
+    ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Rows(np.arange(first, first + int(ends[-1]), dtype=np.int64), ends)
+
+
+def population(features: np.ndarray, clients: int, train: int, test: int) -> Population:
+    """Every client with the same number of rows."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, CLASSES, len(features)).astype(np.int32)
+    names = tuple(f"client-{i:06d}" for i in range(clients))
+    return Population(
+        features,
+        labels,
+        tuple("0123456789"),
+        rows(np.full(clients, train), 0),
+        rows(np.full(clients, test), clients * train),
+        names,
+        ("",) * clients,
+    )
+
+
+def federation(people: Population, scenario: Scenario, threads: int) -> Federation:
+    """A federation over ready features."""
+    width = people.features.shape[1]
+    head = {"weight": np.zeros((CLASSES, width), np.float32), "bias": np.zeros(CLASSES, np.float32)}
+    strategy = make_strategy(scenario.strategy)
+    return Federation(scenario, people, head, strategy, LocalEngine(people, threads), {})
+
+
+def loop_seconds(made: Federation) -> float:
+    """One run of the whole loop: training, aggregation, evaluation, records, commits."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder.create(Path(place) / "run", "")
+        started = time.perf_counter()
+        run_rounds(made, folder, lambda row, updates: None, Interrupts())
+        seconds = time.perf_counter() - started
+        folder.release()
+    return seconds
+
+
+def kernel_seconds(made: Federation, threads: int) -> float:
+    """The same rounds, local training only, every time from the same head."""
+    started = time.perf_counter()
+    for round in range(1, made.scenario.rounds + 1):
+        plan = plan_round(made, ServerState(made.head), round)
+        train_clients(made.population, made.head, plan, threads=threads)
+    return time.perf_counter() - started
+
+
+def compare_loop(fedjax: str | None) -> None:
+    """Loop and kernel in turn, medians, and FedJAX beside them."""
+    threads = machine.allowed_cores()
+    features = np.random.default_rng(0).normal(size=(CLIENTS * (EXAMPLES + TESTS), FEATURES))
+    people = population(features.astype(np.float32), CLIENTS, EXAMPLES, TESTS)
+    made = federation(people, Scenario.model_validate(WORK), threads)
+    loop_seconds(made)
+    pairs = [(kernel_seconds(made, threads), loop_seconds(made)) for _ in range(REPEATS)]
+    kernel, loop = (float(np.median(column)) for column in zip(*pairs, strict=True))
+    done = CLIENTS * made.scenario.rounds
+    print(f"{machine.cpu_model()}, {threads} threads, medians of {REPEATS}")
+    print(f"kernel alone      {1e3 * kernel / done:7.3f} ms per client and round")
+    print(f"whole round loop  {1e3 * loop / done:7.3f} ms, {done / loop:.0f} client-rounds/s")
+    print(f"loop / kernel     {np.median([b / a for a, b in pairs]):7.2f}   (goal: at most 1.3)")
+    if fedjax:
+        script = Path(__file__).with_name("fedjax_rounds.py")
+        out = subprocess.run([fedjax, script], capture_output=True, text=True, check=True).stdout
+        found = json.loads(out.splitlines()[-1])
+        theirs = found["milliseconds_per_client_round"]
+        ratio = theirs / (1e3 * loop / done)
+        print(f"FedJAX (jax {found['jax']}) {theirs:.2f} ms, {ratio:.1f} times the whole loop here")
+
+
+def measure_population() -> None:
+    """100,000 clients, 1,000 sampled in each of 20 rounds, features of 4 GiB on disk."""
+    clients, train, test, width = 100_000, 16, 4, 512
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        path = Path(place) / "features.npy"
+        shape = (clients * (train + test), width)
+        stored = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        rng = np.random.default_rng(0)
+        block = rng.normal(size=(50_000, width)).astype(np.float32)
+        for first in range(0, shape[0], len(block)):
+            stored[first : first + len(block)] = block
+        stored.flush()
+        del stored
+        code = f"from rounds import run_population; run_population({str(path)!r}, {clients})"
+        here = Path(__file__).parent
+        subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
+
+
+def run_population(path: str, clients: int) -> None:
+    """In a process of its own, so that its peak memory is the run's."""
+    people = population(np.load(path, mmap_mode="r"), clients, 16, 4)
+    before = machine.peak_rss_mib()
+    for fraction in (0.001, 0.01, 0.05):
+        work = {
+            **WORK,
+            "rounds": 20,
+            "clients": {"fraction": fraction},
+            "evaluation": {"references": [], "fraction": 0.01},
+        }
+        made = federation(people, Scenario.model_validate(work), machine.allowed_cores())
+        seconds = loop_seconds(made)
+        size = people.features.nbytes / 2**30
+        print(
+            f"{clients:,} clients ({size:.1f} GiB of features), {fraction * clients:,.0f} a round: "
+            f"{20 * fraction * clients / seconds:,.0f} client-rounds/s, "
+            f"peak {machine.peak_rss_mib():.0f} MiB (before the first round {before:.0f})"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fedjax", help="a Python in which fedjax is installed")
+    parser.add_argument("--population", action="store_true", help="also the large population")
+    arguments = parser.parse_args()
+    compare_loop(arguments.fedjax)
+    if arguments.population:
+        measure_population()
