@@ -3,8 +3,9 @@
     python benchmarks/kernel.py [--clients 100] [--samples 500] [--features 512] [--classes 10]
                                 [--epochs 5] [--batch 50] [--repeats 7] [--device cuda] [--json]
 
-The rounds of each repeat follow one another (matrix product, kernel, loop), so that a machine that
-slows down slows them all; medians are printed. The loop trains one client after another with
+Each repeat measures everything once, so that a machine that slows down slows them all; each is
+called once unmeasured before, as a core that idled takes milliseconds to come back, and in a run
+one round follows another. Medians are printed. The loop trains one client after another with
 torch autograd and torch.optim.SGD; it gets a few clients only, and the better of its thread counts.
 """
 
@@ -67,7 +68,8 @@ def loop(
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """How long a second call takes."""
+    action()
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

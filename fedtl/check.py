@@ -27,8 +27,13 @@ SHOWN_CLASSES = 12
 DECODED_AT_A_TIME = 256
 
 
-def check_scenario(scenario: Scenario, console: Console, interrupts: Interrupts) -> dict[str, Any]:
+def check_scenario(
+    scenario: Scenario, command: str, console: Console, interrupts: Interrupts
+) -> dict[str, Any]:
     """Decode all data, look for leaks, show who has what and what a run will cost.
+
+    Args:
+        command: what the user called the scenario, for the command to type next.
 
     Returns:
         The plan as JSON values.
@@ -60,7 +65,7 @@ def check_scenario(scenario: Scenario, console: Console, interrupts: Interrupts)
         console.print(f"[yellow]note[/] {escape(note)}")
     for name, count in opened.split.excluded[:5]:
         console.print(f"[yellow]left out[/] {escape(name)}: only {count} examples")
-    console.print(f"\nAll good. Next: fedtl run {escape(scenario.name)}")
+    console.print(f"\nAll good. Next: fedtl run {escape(command)}")
     return {"scenario_hash": scenario.hash(), **asdict(plan)}
 
 

@@ -77,7 +77,7 @@ def run(
         for seed in range(chosen.seed, chosen.seed + seeds):
             one = chosen.model_copy(update={"seed": seed})
             place = path if seeds == 1 else path / f"seed-{seed}"
-            with Terminal(console) as terminal:
+            with Terminal(console, scenario) as terminal:
                 summaries.append(run_scenario(one, place, terminal, interrupts))
     if seeds > 1:
         print_seeds(console, summaries)
@@ -95,11 +95,13 @@ def resume(
 ) -> None:
     """Go on with an interrupted run from its last commit."""
     from fedtl.interrupts import Interrupts
+    from fedtl.results.runs import SCENARIO
     from fedtl.run import find_run, resume_run
     from fedtl.terminal import Terminal
 
-    with Interrupts() as interrupts, Terminal(_console(as_json)) as terminal:
-        summary = resume_run(find_run(run), terminal, interrupts, allow_changes=allow)
+    path = find_run(run)
+    with Interrupts() as interrupts, Terminal(_console(as_json), f"{path}/{SCENARIO}") as terminal:
+        summary = resume_run(path, terminal, interrupts, allow_changes=allow)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
 
@@ -118,7 +120,7 @@ def check(
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     with Interrupts() as interrupts:
-        facts = check_scenario(chosen, _console(as_json), interrupts)
+        facts = check_scenario(chosen, scenario, _console(as_json), interrupts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
 

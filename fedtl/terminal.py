@@ -21,6 +21,7 @@ from fedtl.build import Built, OpenedData
 from fedtl.doctor import Finding
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
+from fedtl.scenario.schema import Scenario
 from fedtl.transfer.features import FeatureStore, StoreEntry
 from fedtl.types import ClientUpdates
 
@@ -94,8 +95,10 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
 class Terminal:
     """Shows one run on a console. Use as a context, so that the screen is left in order."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, command: str = "") -> None:
         self.console = console
+        self._command = command  # what the user called the scenario, for commands to type next
+        self._scenario = Scenario(name="unnamed")
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -116,7 +119,7 @@ class Terminal:
 
     def planned(self, opened: OpenedData, plan: Forecast) -> None:
         """Prints the plan."""
-        self._rounds = plan.rounds
+        self._rounds, self._scenario = plan.rounds, opened.scenario
         self.console.print(f"[bold]{escape(opened.scenario.name)}[/] [dim]the plan[/]")
         self.console.print(plan_table(opened, plan))
         self.console.print()
@@ -185,7 +188,7 @@ class Terminal:
             soft_wrap=True,
         )
         self.console.print("\n[bold]Next[/]")
-        for command in next_commands(summary):
+        for command in next_commands(self._scenario, self._command or summary["name"]):
             self.console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
@@ -196,9 +199,10 @@ class Terminal:
         return table
 
     def _show(self, what: str, done: int | None, total: int | None) -> None:
-        self._bar.update(
-            self._task, description=what, completed=done or 0, total=total, visible=True
-        )
+        if what != self._bar.tasks[-1].description:
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what, total=total)
+        self._bar.update(self._task, completed=done or 0)
         content = Group(self._table(), self._bar) if self._rows else self._bar
         if self._live is None:
             self._live = Live(content, console=self.console, refresh_per_second=8)
@@ -207,7 +211,6 @@ class Terminal:
 
     def _stop(self) -> None:
         if self._live is not None:
-            self._bar.update(self._task, visible=False)
             self._live.update(self._table() if self._rows else "", refresh=True)
             self._live.stop()
             self._live = None
@@ -229,15 +232,23 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def next_commands(summary: Mapping[str, Any]) -> list[str]:
-    """Three commands worth typing after this run."""
-    name = summary["name"]
-    other = "fedprox" if summary["strategy"] == "fedavg" else "fedavg"
-    return [
-        f"fedtl run {name} --set strategy.name={other}",
-        f"fedtl run {name} --set clients.alpha=0.1 --seeds 3",
-        "fedtl list",
+def next_commands(scenario: Scenario, name: str) -> list[str]:
+    """Three commands worth typing after this run, each with the question it answers."""
+    other = "fedprox" if scenario.strategy.name == "fedavg" else "fedavg"
+    commands = [
+        (f"fedtl run {name} --seeds 3", "was it luck?"),
+        (f"fedtl run {name} --set strategy.name={other}", "is there a better strategy?"),
     ]
+    if scenario.clients.partition == "dirichlet":
+        alpha = scenario.clients.alpha / 5
+        commands.append((f"fedtl run {name} --set clients.alpha={alpha:g}", "and with more skew?"))
+    else:
+        rate = scenario.training.learning_rate / 5
+        commands.append(
+            (f"fedtl run {name} --set training.learning_rate={rate:g}", "and in smaller steps?")
+        )
+    width = max(len(command) for command, _ in commands)
+    return [f"{command.ljust(width)}  # {why}" for command, why in commands]
 
 
 def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:

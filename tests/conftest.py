@@ -16,6 +16,26 @@ from fedtl.types import ClientUpdates, Population, Rows
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
+SCENARIO = """name = "small"
+seed = 3
+rounds = 4
+[data]
+source = "arrays"
+path = "small.npz"
+[clients]
+num = 5
+fraction = 0.6
+[backbone]
+name = "identity"
+[training]
+local_epochs = 1
+batch_size = 8
+[strategy]
+name = "fedavgm"
+[evaluation]
+references = []
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -121,3 +141,16 @@ def fedtl_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         )
 
     return call
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A small federation on disk, as a user has one: features in an .npz, a scenario beside it."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 200)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    x[np.arange(200), y] += 2
+    np.savez(tmp_path / "small.npz", x=x, y=y)
+    path = tmp_path / "small.toml"
+    path.write_text(SCENARIO)
+    return path

@@ -17,7 +17,16 @@ import numpy.typing as npt
 
 from fedtl.clients.blocks import run_blocks
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import ClientUpdates, Float32, Head, Int32, Int64, Population, RoundPlan
+from fedtl.types import (
+    ClientUpdates,
+    Float32,
+    Head,
+    Int32,
+    Int64,
+    LocalTraining,
+    Population,
+    RoundPlan,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +56,12 @@ def layer_names(head: Mapping[str, object]) -> list[str]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread in this thread of ours: more could split a product another way."""
+def one_torch_thread() -> Iterator[None]:
+    """One torch thread for a product, which several could split in another way.
+
+    Threads started within must say ``torch.set_num_threads(1)`` themselves: part of torch's setting
+    is theirs, part the process's, so only this outermost place may set it back.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -156,6 +169,8 @@ def train_batched(
         InputError: a head of unknown form, or labels outside its classes.
         EnvironmentFault: a device that is not there.
     """
+    import torch
+
     names, clients = layer_names(starts), plan.clients
     lanes = LANES[_checked(device).partition(":")[0]]
     num = len(clients)
@@ -166,12 +181,13 @@ def train_batched(
     loss = np.full(num, np.nan)
 
     def work(first: int, stop: int) -> None:
-        with _one_thread():
-            group = _Lanes(starts, names, first, stop, device)
-            loss[first:stop] = _train_group(population, plan, group, first, stop, device)
-            group.save(out)
+        torch.set_num_threads(1)
+        group = _Lanes(starts, names, first, stop, device)
+        loss[first:stop] = _train_group(population, plan, group, first, stop, device)
+        group.save(out)
 
-    run_blocks(work, num, threads=threads if device == "cpu" else 1, block_size=lanes)
+    with one_torch_thread():
+        run_blocks(work, num, threads=threads if device == "cpu" else 1, block_size=lanes)
     return ClientUpdates(plan.round, clients, out, population.train.counts[clients], loss)
 
 
@@ -188,8 +204,8 @@ def _train_group(
     num_classes = int((~group.absent).sum())
     rows = [population.train.of(client) for client in plan.clients[first:stop].tolist()]
     for client, chosen in zip(plan.clients[first:stop].tolist(), rows, strict=True):
-        labels = population.labels[chosen]
-        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+        truth = population.labels[chosen]
+        if len(truth) and (truth.min() < 0 or truth.max() >= num_classes):
             raise label_error(population, client, num_classes)
     begin = [[t.clone() for t in layer] for layer in group.layers]
     speed = [[torch.zeros_like(t) for t in layer] for layer in group.layers]
@@ -215,10 +231,11 @@ def _train_group(
                         for a, b in zip(mine, more, strict=True):
                             a.add_(b)
             assert total is not None
-            active = torch.tensor(
-                [bool(len(batch)) for batch in batches] + [False] * (lanes - len(batches)),
-                device=device,
-            )[:, None, None]
+            active = None
+            if not all(len(batch) for batch in batches):
+                idle = [False] * (lanes - len(batches))
+                busy = [bool(len(batch)) for batch in batches] + idle
+                active = torch.tensor(busy, device=device)[:, None, None]
             _step(group.layers, begin, speed, total, active, own)
     counts = np.array([len(chosen) for chosen in rows], dtype=np.float64)
     counts[counts == 0] = np.nan
@@ -245,11 +262,14 @@ def _piece(
 
 
 def _step(
-    layers: list[list[torch.Tensor]], begin: list[list[torch.Tensor]],
-    speed: list[list[torch.Tensor]], gradients: list[list[torch.Tensor]],
-    active: torch.Tensor, own: Any,
-) -> None:  # fmt: skip
-    """One step of torch.optim.SGD in the lanes that have a batch; the others stay untouched."""
+    layers: list[list[torch.Tensor]],
+    begin: list[list[torch.Tensor]],
+    speed: list[list[torch.Tensor]],
+    gradients: list[list[torch.Tensor]],
+    active: torch.Tensor | None,
+    own: LocalTraining,
+) -> None:
+    """One step of torch.optim.SGD in the lanes that have a batch (None: all have one)."""
     import torch
 
     for i, layer in enumerate(layers):
@@ -261,8 +281,11 @@ def _step(
                 step = step + own.proximal * (weight - begin[i][j])
             if own.momentum:
                 step = own.momentum * speed[i][j] + step
-                speed[i][j] = torch.where(active, step, speed[i][j])
-            layer[j] = torch.where(active, weight - own.learning_rate * step, weight)
+            moved = weight - own.learning_rate * step
+            if active is not None:  # the others stay untouched, whatever stands in their gradient
+                step = torch.where(active, step, speed[i][j])
+                moved = torch.where(active, moved, weight)
+            speed[i][j], layer[j] = step, moved
 
 
 def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -288,13 +311,13 @@ def judge(
     _checked(device)
     tensors = {name: torch.tensor(tensor, device=device) for name, tensor in head.items()}
     loss, right = 0.0, np.zeros(len(rows), dtype=np.bool_)
-    with _one_thread():
-        for low in range(0, len(rows), JUDGED):
-            part = rows[low : low + JUDGED]
-            x = torch.from_numpy(features[part].astype(np.float32)).to(device)
-            scores = forward(tensors, x).cpu()
-            own = torch.from_numpy(labels[part].astype(np.int64))
-            loss += float(torch.nn.functional.cross_entropy(scores.double(), own, reduction="sum"))
-            # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
-            right[low : low + JUDGED] = scores.numpy().argmax(1) == labels[part]
+    torch.set_num_threads(1)
+    for low in range(0, len(rows), JUDGED):
+        part = rows[low : low + JUDGED]
+        x = torch.from_numpy(features[part].astype(np.float32)).to(device)
+        scores = forward(tensors, x).cpu()
+        own = torch.from_numpy(labels[part].astype(np.int64))
+        loss += float(torch.nn.functional.cross_entropy(scores.double(), own, reduction="sum"))
+        # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
+        right[low : low + JUDGED] = scores.numpy().argmax(1) == labels[part]
     return loss, right

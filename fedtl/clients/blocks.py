@@ -37,10 +37,6 @@ class BlockRows:
     starts: Int64
     stops: Int64
 
-    def as_arguments(self) -> tuple[npt.NDArray[Any], ...]:
-        """The kernels' first arguments, in their order."""
-        return self.features, self.halves, self.labels, self.index, self.starts, self.stops
-
 
 def frozen(array: npt.ArrayLike, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A read-only contiguous view, so that each kernel is compiled for one kind of array only."""

@@ -120,13 +120,14 @@ def _judge(
             block = block_rows(features, labels, rows[first:stop])
             part = slice(first, stop) if len(weights) > 1 else slice(None)
             bad = evaluate_block(
-                *block.as_arguments(), weights[part], biases[part], result.loss_sum[first:stop],
+                block.features, block.halves, block.labels, block.index, block.starts, block.stops,
+                weights[part], biases[part], result.loss_sum[first:stop],
                 result.correct[first:stop], result.count[first:stop],
             )  # fmt: skip
             if bad != EVERYTHING_FINE:
                 raise _BadLabel(first + bad, num_classes)
     else:
-        from fedtl.clients.batched import judge
+        from fedtl.clients.batched import judge, one_torch_thread
 
         def work(first: int, stop: int) -> None:
             for i in range(first, stop):
@@ -139,5 +140,8 @@ def _judge(
                 result.count[i] = np.bincount(own, minlength=num_classes)
                 result.correct[i] = np.bincount(own[right], minlength=num_classes)
 
+        with one_torch_thread():
+            run_blocks(work, len(rows), threads=threads)
+        return result
     run_blocks(work, len(rows), threads=threads)
     return result

@@ -17,6 +17,9 @@ from fedtl.clients.batches import fill_order
 from fedtl.clients.tiles import CLASSES, LANES, SAMPLES, VECTORS, gradient, scores
 from fedtl.types import Float32, Float64, Int32, Int64, UInt64
 
+BUILT_ON = "1389a709"
+"""Digest of batches.py and tiles.py. Numba's cache on disk looks at this file alone and would go on
+using what it compiled from their older text; a test says what to write here."""
 BLOCK = 64
 """Samples whose scores are held at once; longer batches go through in pieces of this size. A piece
 of 64 rows stays in a core's second-level cache up to about 4,000 features."""

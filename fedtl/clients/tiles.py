@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_WIDE = binding.get_host_cpu_features().get("avx512f", False)
+# NUMBA_CPU_FEATURES, where set, is what Numba compiles for instead of this machine.
+_CHOSEN: str | None = getattr(config, "CPU_FEATURES", None)
+_FEATURES = binding.get_host_cpu_features().flatten() if _CHOSEN is None else _CHOSEN
+_WIDE = "+avx512f" in _FEATURES.split(",")
 LANES = 16 if _WIDE else 8
 """Floats in a vector. A row's length is a whole number of vectors."""
 # Sums held in registers: 5 x 5 leaves 7 of AVX-512's 32 registers for operands; 16 take 3 x 3.
@@ -26,6 +29,7 @@ SAMPLES = 5 if _WIDE else 3
 CLASSES = 5 if _WIDE else 3
 VECTORS = 4 if _WIDE else 3
 
+_alloca: Any = cgutils.alloca_once
 _FLOAT = ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
 _INT = ir.IntType(64)
@@ -76,7 +80,7 @@ class _Matrix:
         self._builder = builder
         array = context.make_array(kind)(context, builder, value)
         self._data = array.data
-        self._width = cgutils.unpack_tuple(builder, array.shape, 2)[1]
+        self._width = builder.extract_value(array.shape, 1)
 
     def at(self, row: Any, column: Any) -> Any:
         start = self._builder.add(self._builder.mul(row, self._width), column)
@@ -88,7 +92,7 @@ def _row(builder: Any, table: Any, sample: Any) -> Any:
 
 
 def _sums(builder: Any, rows: int, columns: int) -> list[list[Any]]:
-    return [[cgutils.alloca_once(builder, _VECTOR) for _ in range(columns)] for _ in range(rows)]
+    return [[_alloca(builder, _VECTOR) for _ in range(columns)] for _ in range(rows)]
 
 
 def _accumulate(
@@ -192,8 +196,7 @@ def _tiles(emit: Any, signature: Any, rows: int) -> Any:
     return types.void(*signature, *[types.int64] * 5), codegen
 
 
-@intrinsic
-def scores(
+def _scores(
     typingctx: Any, table: Any, weight: Any, out: Any,
     sample: Any, cls: Any, num_vectors: Any, samples: Any, classes: Any,
 ) -> Any:  # fmt: skip
@@ -204,8 +207,7 @@ def scores(
     return _tiles(_emit_scores, (table, weight, out), SAMPLES)
 
 
-@intrinsic
-def gradient(
+def _gradient(
     typingctx: Any, table: Any, upcoming: Any, residual: Any, out: Any,
     column: Any, cls: Any, num_samples: Any, vectors: Any, classes: Any,
 ) -> Any:  # fmt: skip
@@ -214,3 +216,7 @@ def gradient(
     For one tile of ``vectors`` (VECTORS or 1) and ``classes`` (1 to CLASSES) from (column, cls).
     """
     return _tiles(_emit_gradient, (table, upcoming, residual, out), VECTORS)
+
+
+scores: Any = intrinsic(_scores)
+gradient: Any = intrinsic(_gradient)

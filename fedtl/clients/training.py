@@ -68,10 +68,10 @@ def _train_linear(
     out_weights = np.empty((num, num_classes, width), dtype=np.float32)
     out_biases = np.empty((num, num_classes), dtype=np.float32)
     loss = np.empty(num, dtype=np.float64)
-    rates = [
-        np.float32(rate)
-        for rate in (own.learning_rate, own.momentum, own.weight_decay, own.proximal)
-    ]
+    rate, momentum, decay, proximal = (
+        np.float32(value)
+        for value in (own.learning_rate, own.momentum, own.weight_decay, own.proximal)
+    )
 
     def work(first: int, stop: int) -> None:
         rows = block_rows(
@@ -81,8 +81,9 @@ def _train_linear(
         )
         part = slice(first, stop) if len(weights) > 1 else slice(None)
         bad = train_block(
-            *rows.as_arguments(), weights[part], biases[part], keys[first:stop],
-            own.epochs, own.batch_size, *rates,
+            rows.features, rows.halves, rows.labels, rows.index, rows.starts, rows.stops,
+            weights[part], biases[part], keys[first:stop],
+            own.epochs, own.batch_size, rate, momentum, decay, proximal,
             out_weights[first:stop], out_biases[first:stop], loss[first:stop],
         )  # fmt: skip
         if bad != EVERYTHING_FINE:

@@ -132,7 +132,8 @@ def test_readme_commands_exist() -> None:
 
 
 def test_no_trace_of_registries_or_machines() -> None:
-    hosts = re.compile("|".join(f"{a}\\.{b}" for a, b in (("pypi", "org"), ("pythonhosted", "org"))))
+    names = ("pypi", "pythonhosted")
+    hosts = re.compile("|".join(rf"{name}\.org" for name in names))
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
         if not path.is_file() or parts[0] in {".git", ".venv"} or path.suffix in {".pyc", ".png"}:

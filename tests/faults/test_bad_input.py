@@ -49,7 +49,8 @@ def bomb() -> bytes:
     """A PNG of a few dozen bytes that claims 30000 x 30000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
 
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
@@ -69,12 +70,15 @@ def assert_refused(
 def test_a_good_folder_runs(fedtl, pictures: Path) -> None:
     done = fedtl("run", "mine.toml", "--out", "out")
     assert done.returncode == 0, done.stderr
-    assert "fedtl list" in done.stdout
+    assert "fedtl run mine.toml --seeds 3" in done.stdout
 
 
 CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "missing folder": (lambda p: p.rename(p.with_name("moved")), ["pictures"]),
-    "empty folder": (lambda p: [c.rename(p.parent / c.name) for c in p.iterdir()], ["pictures"]),
+    "empty folder": (
+        lambda p: (p.rename(p.with_name("moved")), p.mkdir()),
+        ["pictures"],
+    ),
     "a class folder without an image": (lambda p: (p / "cow").mkdir(), ["cow"]),
     "a text named .jpg": (lambda p: (p / "cat" / "t.jpg").write_text("hello"), ["cat/t.jpg"]),
     "a truncated JPEG": (

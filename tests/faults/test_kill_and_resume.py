@@ -39,7 +39,9 @@ def test_kill_and_resume(
     fedtl, fedtl_process, small: Path, tmp_path: Path, unbroken: dict, place: str
 ) -> None:
     run = tmp_path / "broken"
-    killed = fedtl_process("run", str(small), "--out", str(run), env={"FEDTL_FAIL": f"{place}:kill:3"})
+    killed = fedtl_process(
+        "run", str(small), "--out", str(run), env={"FEDTL_FAIL": f"{place}:kill:3"}
+    )
     assert killed.returncode == -signal.SIGKILL
     assert not (run / "summary.json").exists()
     assert_resumes(fedtl, run, unbroken)

@@ -40,4 +40,6 @@ def test_nearest_name() -> None:
     assert errors.nearest("fedprx", ["fedavg", "fedprox"]) == "fedprox"
     assert errors.nearest("cifar10", ["CIFAR10", "MNIST"]) == "CIFAR10"
     assert errors.nearest("zzz", ["fedavg"]) is None
-    assert "Did you mean 'resnet18'?" in errors.unknown_name("model", "resnet81", ["resnet18"]).line()
+    assert (
+        "Did you mean 'resnet18'?" in errors.unknown_name("model", "resnet81", ["resnet18"]).line()
+    )

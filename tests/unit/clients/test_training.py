@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_one_epoch_of_one_batch_is_a_gradient_step(kind: str) -> None:
         people, HEADS[kind], oracle.plan_for(people, LocalTraining(1, 1000, 0.5))
     )
     data = people.client(0)
-    head = {n: torch.tensor(t, dtype=torch.float64).requires_grad_() for n, t in HEADS[kind].items()}
+    head = {
+        n: torch.tensor(t, dtype=torch.float64).requires_grad_() for n, t in HEADS[kind].items()
+    }
     scores = oracle.scores(head, torch.from_numpy(data.features).double())
     torch.nn.functional.cross_entropy(scores, torch.from_numpy(data.labels).long()).backward()
     for name, tensor in head.items():
@@ -256,6 +259,16 @@ def test_labels_are_checked_in_the_torch_path_too() -> None:
     people, _, _ = broken("label")
     with pytest.raises(InputError, match="client 1"):
         train_clients(people, HEADS["mlp"], oracle.plan_for(people, PLAIN))
+
+
+def test_a_change_of_the_tiles_reaches_the_compiled_kernel() -> None:
+    from fedtl.clients import kernel
+
+    folder = Path(str(kernel.__file__)).parent
+    text = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("batches.py", "tiles.py")
+    )
+    assert hashlib.blake2b(text.encode(), digest_size=4).hexdigest() == kernel.BUILT_ON
 
 
 def test_blocks_cover_everything_once() -> None:

@@ -16,7 +16,9 @@ def judgement(own: list[float], everyone: float) -> Judgement:
         "examples": EXAMPLES * len(own),
     }
     size = len(own)
-    return Judgement(np.arange(size), facts, np.array(own), np.full(size, EXAMPLES), np.full(size, everyone))
+    return Judgement(
+        np.arange(size), facts, np.array(own), np.full(size, EXAMPLES), np.full(size, everyone)
+    )
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_set_takes_toml_values_and_bare_words() -> None:
 
 @pytest.mark.parametrize("bad", ["x", "=3", ".a=1", ""])
 def test_a_malformed_override_is_refused(bad: str) -> None:
-    with pytest.raises(InputError, match="key.path=value"):
+    with pytest.raises(InputError, match=r"key\.path=value"):
         load_scenario("quickstart", [bad])
 
 

@@ -91,9 +91,7 @@ def test_adaptive_methods_follow_their_equations(kind, accumulate, three) -> Non
         delta = slow_delta(head, three, [0.1, 0.2, 0.7])
         m = {n: 0.9 * m[n] + 0.1 * delta[n] for n in head}
         v = {n: accumulate(v[n], delta[n] ** 2) for n in head}
-        head = {
-            n: (head[n] + 0.1 * m[n] / (np.sqrt(v[n]) + 1e-3)).astype(np.float32) for n in head
-        }
+        head = {n: (head[n] + 0.1 * m[n] / (np.sqrt(v[n]) + 1e-3)).astype(np.float32) for n in head}
     for name in head:
         np.testing.assert_allclose(state.head[name], head[name], rtol=1e-5)
 

@@ -1,0 +1,128 @@
+"""References against slow, independent computations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedtl import seeding
+from fedtl.clients.training import train_clients
+from fedtl.evaluation.pooled import fit_pooled
+from fedtl.evaluation.references import (
+    Judge,
+    everyone_rows,
+    judge_alone,
+    judge_pooled,
+    judge_shared,
+)
+from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+
+TRAINING = LocalTraining(epochs=2, batch_size=8, learning_rate=0.1)
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return []
+
+
+@pytest.fixture
+def judge(population: Population, rows: list[dict]) -> Judge:
+    clients = np.arange(5)
+    return Judge(
+        population, clients, everyone_rows(population, clients, 999, 0), 3, 1, "cpu", rows.append
+    )
+
+
+def zeros(population: Population):
+    classes, width = len(population.classes), population.features.shape[1]
+    return {"weight": np.zeros((classes, width), np.float32), "bias": np.zeros(classes, np.float32)}
+
+
+def accuracy(population: Population, head, index) -> float:
+    logits = population.features[index] @ head["weight"].T + head["bias"]
+    return float((logits.argmax(1) == population.labels[index]).mean())
+
+
+def test_alone_means_trained_on_own_and_judged_twice(
+    judge: Judge, population: Population, rows: list[dict]
+) -> None:
+    found = judge_alone(judge, zeros(population), TRAINING, rounds=3, seed=1)
+    budget = LocalTraining(epochs=6, batch_size=8, learning_rate=0.1)
+    everyone = np.concatenate([population.test.of(k) for k in range(5)])
+    at_home, abroad = [], []
+    for k in range(5):
+        keys = seeding.client_keys(1, "local_only", 0, np.array([k]))
+        plan = RoundPlan(0, np.array([k]), keys, budget)
+        head = {
+            n: t[0] for n, t in train_clients(population, zeros(population), plan).tensors.items()
+        }
+        at_home.append(accuracy(population, head, population.test.of(k)))
+        abroad.append(accuracy(population, head, everyone))
+    np.testing.assert_allclose(found.own, at_home)
+    np.testing.assert_allclose(found.everyone, abroad)
+    counts = population.test.counts
+    assert found.facts["accuracy"] == pytest.approx(np.average(at_home, weights=counts))
+    assert found.facts["accuracy_everyone"] == pytest.approx(np.mean(abroad))
+    assert [(r["head"][0], r["split"][0]) for r in rows] == [
+        ("local_only", "test"),
+        ("local_only", "everyone"),
+    ]
+
+
+def test_a_shared_head_is_the_same_everywhere(judge: Judge, population: Population) -> None:
+    rng = np.random.default_rng(0)
+    head = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in zeros(population).items()}
+    found = judge_shared(judge, head, "federated")
+    assert found.facts["accuracy"] == pytest.approx(found.facts["accuracy_everyone"])
+    assert found.facts["accuracy"] == pytest.approx(accuracy(population, head, judge.everyone))
+    assert (found.everyone == found.facts["accuracy_everyone"]).all()
+
+
+def test_the_pooled_optimum_is_scikit_learns(population: Population) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    index = population.train.index
+    decay = 0.01
+    fit = fit_pooled(population, zeros(population), index, weight_decay=decay)
+    # scikit-learn does not penalise the bias: give it the bias as one more feature instead
+    x = np.c_[population.features[index], np.ones(len(index))]
+    theirs = LogisticRegression(C=1 / (decay * len(index)), fit_intercept=False, tol=1e-10)
+    theirs.fit(x, population.labels[index])
+    assert fit.converged
+    np.testing.assert_allclose(fit.head["weight"], theirs.coef_[:, :-1], atol=2e-3)
+    np.testing.assert_allclose(fit.head["bias"], theirs.coef_[:, -1], atol=2e-3)
+
+
+def test_pooling_does_not_depend_on_who_holds_what(population: Population) -> None:
+    from dataclasses import replace
+
+    index = population.train.index
+    one = replace(population, train=Rows(index, np.array([0, len(index)], np.int64)))
+    a = fit_pooled(population, zeros(population), np.sort(population.train.index), 0.1)
+    b = fit_pooled(one, zeros(population), np.sort(one.train.index), 0.1)
+    assert all(a.head[n].tobytes() == b.head[n].tobytes() for n in a.head)
+
+
+def test_rows_in_chunks_give_the_same_optimum(
+    population: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit_pooled(population, zeros(population), population.train.index, 0.1)
+    monkeypatch.setattr("fedtl.evaluation.pooled.MAX_RESIDENT_BYTES", 9 * 4 * 50)
+    chunked = fit_pooled(population, zeros(population), population.train.index, 0.1)
+    for name in whole.head:
+        np.testing.assert_allclose(whole.head[name], chunked.head[name], atol=1e-3)
+
+
+def test_pooled_facts_say_whether_it_converged(judge: Judge, population: Population) -> None:
+    facts = judge_pooled(judge, zeros(population), weight_decay=0.1).facts
+    assert facts["converged"] is True
+    assert facts["largest_gradient"] <= 1e-4
+
+
+def test_a_sample_stands_for_everybody_when_there_are_too_many(population: Population) -> None:
+    clients = np.arange(5)
+    rows = everyone_rows(population, clients, 7, seed=3)
+    assert len(rows) == len(set(rows.tolist())) == 7
+    assert set(rows.tolist()) <= set(population.test.index.tolist())
+    assert rows.tolist() == everyone_rows(population, clients, 7, seed=3).tolist()
+    assert rows.tolist() != everyone_rows(population, clients, 7, seed=4).tolist()
