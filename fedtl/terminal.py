@@ -28,8 +28,8 @@ from fedtl.types import ClientUpdates
 ROWS_SHOWN = 10
 """Rounds in the live table; all of them are in rounds.parquet."""
 
-SHOWN_CLIENTS = 12
-"""Clients in the table of the verdict; all of them are in clients.parquet."""
+COLUMNS = ("round", "accuracy", "balanced", "worst 10 %", "  loss", "  clients", "     moved", "  s")
+"""Of the table of rounds; the widths hold where it is printed line by line."""
 
 
 def size(count: float) -> str:
@@ -46,10 +46,15 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     if seconds < 1:
-        return "under 1 s"
+        return "under 1 s" if seconds > 0 else "none"
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"about {seconds:.0f} s"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min" if minutes < 120 else f"about {minutes / 60:.1f} h"
+
+
+def _plain_row(cells: Sequence[str]) -> str:
+    return "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
 
 
 def percent(value: Any) -> str:
@@ -83,8 +88,8 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         f"{plan.head_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
         "memory": f"about {size(plan.memory_bytes)}, features {size(plan.feature_bytes)} on disk",
-        "time": f"about {duration(plan.extract_seconds)} for the trunk, "
-        f"{duration(plan.train_seconds)} for the rounds",
+        "time": f"trunk {duration(plan.extract_seconds)}, rounds {duration(plan.train_seconds)} "
+        "(estimates)",
         "privacy": "data stay at the clients; no differential privacy, epsilon is not bounded",
     }
     for name, text in rows.items():
@@ -143,7 +148,7 @@ class Terminal:
                 f"times and at two clients {built.leaks.between_clients} times; allowed here"
             )
         if not self.console.is_terminal:
-            self.console.print(self._table())
+            self.console.print(_plain_row(COLUMNS), style="bold")
 
     def round_done(self, row: Mapping[str, Any], updates: ClientUpdates) -> None:
         """Adds a line to the table."""
@@ -164,7 +169,7 @@ class Terminal:
         if self.console.is_terminal:
             self._show("rounds", row["round"], self._rounds)
         else:
-            self.console.print("  ".join(cell.rjust(8) for cell in cells))
+            self.console.print(_plain_row(cells))
 
     def comparing(self, reference: str) -> None:
         """Says which reference is being trained."""
@@ -192,8 +197,7 @@ class Terminal:
             self.console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        columns = ("round", "accuracy", "balanced", "worst 10 %", "loss", "clients", "moved", "s")
-        table = plain_table(*columns)
+        table = plain_table(*COLUMNS)
         for cells in self._rows[-ROWS_SHOWN:]:
             table.add_row(*cells)
         return table

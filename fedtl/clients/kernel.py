@@ -241,9 +241,20 @@ def _out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
 
 @njit(nogil=True, cache=True)
 def _take(weight: Float32, bias: Float32, work: _Work) -> None:
-    """Take over a head [C, D] and [C]."""
-    work.weight[:, : weight.shape[1]] = weight
-    work.weight[:, work.num_vectors * LANES] = bias
+    """Take over a head [C, D] and [C]; written as loops, which compile in a tenth of the time."""
+    for c in range(len(bias)):
+        for d in range(weight.shape[1]):
+            work.weight[c, d] = weight[c, d]
+        work.weight[c, work.num_vectors * LANES] = bias[c]
+
+
+@njit(nogil=True, cache=True)
+def _give(work: _Work, weight: Float32, bias: Float32) -> None:
+    """Write the head out to [C, D] and [C]."""
+    for c in range(len(bias)):
+        for d in range(weight.shape[1]):
+            weight[c, d] = work.weight[c, d]
+        bias[c] = work.weight[c, work.num_vectors * LANES]
 
 
 @njit(nogil=True, cache=True)
@@ -253,7 +264,10 @@ def _train_client(
     rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32, work: _Work,
 ) -> float:  # fmt: skip
     """Train ``work.weight`` on one client's rows; returns the first epoch's summed loss."""
-    work.start[:], work.speed[:], work.grad[:] = work.weight, 0.0, 0.0
+    weight, start = work.weight.reshape(-1), work.start.reshape(-1)
+    speed, grad = work.speed.reshape(-1), work.grad.reshape(-1)
+    for j in range(len(weight)):
+        start[j], speed[j], grad[j] = weight[j], 0.0, 0.0
     order, later = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
     loss = 0.0
     fill_order(key, 0, later)
@@ -279,10 +293,7 @@ def _train_client(
                         rows[following[s]] * features.shape[1] * 4
                     )
                 _backward(len(chosen), work)
-            _descend(
-                work.weight.reshape(-1), work.start.reshape(-1), work.speed.reshape(-1),
-                work.grad.reshape(-1), rate, momentum, decay, proximal,
-            )  # fmt: skip
+            _descend(weight, start, speed, grad, rate, momentum, decay, proximal)
     return loss
 
 
@@ -323,8 +334,7 @@ def train_block(
             features, halves, labels, rows, keys[i],
             epochs, batch_size, rate, momentum, decay, proximal, work,
         )  # fmt: skip
-        out_weights[i] = work.weight[:, :width]
-        out_biases[i] = work.weight[:, work.num_vectors * LANES]
+        _give(work, out_weights[i], out_biases[i])
         out_loss[i] = loss / len(rows) if len(rows) > 0 and epochs > 0 else np.nan
     return EVERYTHING_FINE
 
