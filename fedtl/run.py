@@ -142,6 +142,9 @@ def _carry_on(
 
     built = make_federation(opened, progress)
     federation = built.federation
+    before = time.perf_counter()
+    federation.engine.start(federation.head)
+    start_seconds = time.perf_counter() - before
     observer.ready(built)
     for note in built.features.notes:
         folder.event("note", text=note)
@@ -158,7 +161,9 @@ def _carry_on(
         raise
     finally:
         federation.engine.close()
-    return _conclude(built, opened, folder, observer, interrupts, state.head, done, started)
+    return _conclude(
+        built, opened, folder, observer, interrupts, state.head, done, started, start_seconds
+    )
 
 
 def _conclude(
@@ -170,6 +175,7 @@ def _conclude(
     head: Head,
     progress: Progress,
     started: float,
+    start_seconds: float,
 ) -> dict[str, Any]:
     """Judge the final head beside its references and write everything down."""
     federation = built.federation
@@ -192,6 +198,7 @@ def _conclude(
     extract = built.features.seconds
     summary["seconds"] = {
         "extract": extract,
+        "start": start_seconds,
         "train": train,
         "total": max(time.perf_counter() - started, extract + train),
     }

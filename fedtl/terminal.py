@@ -28,7 +28,16 @@ from fedtl.types import ClientUpdates
 ROWS_SHOWN = 10
 """Rounds in the live table; all of them are in rounds.parquet."""
 
-COLUMNS = ("round", "accuracy", "balanced", "worst 10 %", "  loss", "  clients", "     moved", "  s")
+COLUMNS = (
+    "round",
+    "accuracy",
+    "balanced",
+    "worst 10 %",
+    "  loss",
+    "  clients",
+    "     moved",
+    "  s",
+)
 """Of the table of rounds; the widths hold where it is printed line by line."""
 
 

@@ -14,6 +14,13 @@ class Engine(Protocol):
     Every engine calls the kernel in ``fedtl.clients``, so all give the same bits.
     """
 
+    def start(self, head: Head) -> None:
+        """Make ready for rounds with such a head: compile, connect, start workers.
+
+        What this takes is told apart from the rounds.
+        """
+        ...
+
     def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
         """Local training of the plan's clients, as replies of one or more clients in any order.
 

@@ -6,9 +6,19 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.training import train_clients
-from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, Population, RoundPlan
+from fedtl.types import (
+    ClientMetrics,
+    ClientUpdates,
+    Head,
+    Int64,
+    LocalTraining,
+    Population,
+    RoundPlan,
+)
 
 RESIDENT_BYTES = 2**29
 """Feature matrices up to this size may stay mapped as a whole; releasing would only cost time."""
@@ -29,6 +39,13 @@ class LocalEngine:
     threads: int
     device: str = "cpu"
     block_size: int | None = None
+
+    def start(self, head: Head) -> None:
+        """Compile the kernel, or load it from disk, on the smallest client."""
+        smallest = np.array([np.argmin(self.population.train.counts)], np.int64)
+        training = LocalTraining(epochs=1, batch_size=1, learning_rate=0.1)
+        self.run_clients(RoundPlan(0, smallest, np.zeros(1, np.uint64), training), head)
+        self.evaluate(head, smallest)
 
     def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
         """One reply that holds the whole cohort."""

@@ -64,7 +64,7 @@ def assert_refused(
         assert text in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (where / "out").exists()
-    assert [p for p in where.rglob("*.tmp")] == []
+    assert list(where.rglob("*.tmp")) == []
 
 
 def test_a_good_folder_runs(fedtl, pictures: Path) -> None:

@@ -123,6 +123,9 @@ class Tampered:
     def __init__(self, population: Population, tamper: Callable, rounds: set[int]) -> None:
         self.inner, self.tamper, self.rounds = LocalEngine(population, 1), tamper, rounds
 
+    def start(self, head) -> None:
+        pass
+
     def run_clients(self, plan, head):
         (updates,) = self.inner.run_clients(plan, head)
         if plan.round in self.rounds:
