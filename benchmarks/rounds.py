@@ -30,6 +30,7 @@ from fedtl.strategies import ServerState, make_strategy
 from fedtl.types import Population, Rows
 
 CLIENTS, EXAMPLES, TESTS, FEATURES, CLASSES = 100, 500, 125, 512, 10
+POPULATION, TRAIN_EACH, TEST_EACH = 100_000, 10, 2
 WORK = {
     "name": "reference",
     "rounds": 5,
@@ -113,26 +114,24 @@ def compare_loop(fedjax: str | None) -> None:
 
 
 def measure_population() -> None:
-    """100,000 clients, 1,000 sampled in each of 20 rounds, features of 4 GiB on disk."""
-    clients, train, test, width = 100_000, 16, 4, 512
+    """100,000 clients of which a part is sampled in each of 20 rounds; features stay on disk."""
+    shape = (POPULATION * (TRAIN_EACH + TEST_EACH), FEATURES)
     with tempfile.TemporaryDirectory(dir=".") as place:
-        path = Path(place) / "features.npy"
-        shape = (clients * (train + test), width)
+        path = Path(place).resolve() / "features.npy"
         stored = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        rng = np.random.default_rng(0)
-        block = rng.normal(size=(50_000, width)).astype(np.float32)
+        block = np.random.default_rng(0).normal(size=(50_000, FEATURES)).astype(np.float32)
         for first in range(0, shape[0], len(block)):
             stored[first : first + len(block)] = block
         stored.flush()
         del stored
-        code = f"from rounds import run_population; run_population({str(path)!r}, {clients})"
+        code = f"from rounds import run_population; run_population({str(path)!r})"
         here = Path(__file__).parent
         subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
 
 
-def run_population(path: str, clients: int) -> None:
+def run_population(path: str) -> None:
     """In a process of its own, so that its peak memory is the run's."""
-    people = population(np.load(path, mmap_mode="r"), clients, 16, 4)
+    people = population(np.load(path, mmap_mode="r"), POPULATION, TRAIN_EACH, TEST_EACH)
     before = machine.peak_rss_mib()
     for fraction in (0.001, 0.01, 0.05):
         work = {
@@ -145,8 +144,9 @@ def run_population(path: str, clients: int) -> None:
         seconds = loop_seconds(made)
         size = people.features.nbytes / 2**30
         print(
-            f"{clients:,} clients ({size:.1f} GiB of features), {fraction * clients:,.0f} a round: "
-            f"{20 * fraction * clients / seconds:,.0f} client-rounds/s, "
+            f"{POPULATION:,} clients ({size:.1f} GiB of features), "
+            f"{fraction * POPULATION:,.0f} a round: "
+            f"{20 * fraction * POPULATION / seconds:,.0f} client-rounds/s, "
             f"peak {machine.peak_rss_mib():.0f} MiB (before the first round {before:.0f})"
         )
 

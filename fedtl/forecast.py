@@ -14,8 +14,8 @@ from fedtl.types import head_bytes
 MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
 
-FLOPS_PER_CORE_SECOND = 40e9
-"""Float operations of the fused kernel per core (benchmarks/kernel.py)."""
+FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9}
+"""Float operations of local training per core: fused kernel, batched torch (benchmarks/kernel.py)."""
 
 EMBEDDED_GMACS = (0.385, 224)
 """EfficientNet-Lite0's billions of multiply-adds for one image of that size."""
@@ -81,7 +81,7 @@ def forecast(opened: OpenedData) -> Forecast:
         feature_bytes,
         memory,
         0.0 if cached else _extract_seconds(opened, threads),
-        flops / (FLOPS_PER_CORE_SECOND * threads),
+        flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
     )
 
 

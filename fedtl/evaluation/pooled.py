@@ -16,7 +16,7 @@ from fedtl.types import Head, Int64, Population
 TOLERANCE = 1e-4
 """Largest entry of the gradient (of the mean loss) at which training counts as converged."""
 
-MAX_EVALUATIONS = 1000
+MAX_EVALUATIONS = 300
 """Without weight decay separable data have no finite optimum; the search ends here then."""
 
 MAX_RESIDENT_BYTES = 2 * 2**30
