@@ -25,9 +25,10 @@ from fedtl.rounds import Federation
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
 from fedtl.transfer.backbones import Backbone, open_backbone
+from fedtl.transfer.entries import stored_as
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
-from fedtl.types import Population
+from fedtl.types import Int64, Population
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,13 +132,17 @@ def _deal(scenario: Scenario, examples: Examples) -> ClientSplit:
     )
 
 
+def without(opened: OpenedData, keep: Int64) -> OpenedData:
+    """The data with only the rows ``keep``, dealt anew: the others could not be decoded."""
+    examples = opened.examples.subset(keep)
+    return replace(opened, examples=examples, split=_deal(opened.scenario, examples))
+
+
 def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
     """Every example's features: from the store, through the trunk, or as they came."""
     scenario, examples, section = opened.scenario, opened.examples, opened.scenario.backbone
     if examples.images is None:
-        matrix = np.asarray(examples.features)
-        if section.feature_dtype == "float16":
-            matrix = matrix.astype(np.float16)
+        matrix = stored_as(np.asarray(examples.features), section.feature_dtype)
         facts = {"cached": True, "way": "identity", "num_bytes": int(matrix.nbytes)}
         content = content_hashes(np.asarray(examples.features))
         return ReadyFeatures(matrix, content, examples, opened.split, facts, 0.0, examples.notes)
@@ -152,10 +157,9 @@ def make_features(opened: OpenedData, progress: ExtractionProgress | None = None
         threads=allowed_threads(scenario),
         progress=progress,
     )
-    split = opened.split
     if len(stored.kept) < len(examples):
-        examples = examples.subset(stored.kept)
-        split = _deal(scenario, examples)
+        opened = without(opened, stored.kept)
+    examples, split = opened.examples, opened.split
     facts = {"cached": stored.cached, "way": stored.way, "num_bytes": stored.num_bytes}
     notes = (*examples.notes, *stored.notes)
     return ReadyFeatures(
@@ -210,4 +214,7 @@ def _left_out(split: ClientSplit) -> list[str]:
         return []
     shown = ", ".join(f"{name} ({examples})" for name, examples in split.excluded[:5])
     more = f" and {len(split.excluded) - 5} more" if len(split.excluded) > 5 else ""
-    return [f"{len(split.excluded)} clients have too few examples and are left out: {shown}{more}"]
+    what = "client has" if len(split.excluded) == 1 else "clients have"
+    return [
+        f"{len(split.excluded)} {what} too few examples to train on and left out: {shown}{more}"
+    ]

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from fedtl.build import OpenedData, allowed_threads, open_data
+from fedtl.build import OpenedData, allowed_threads, open_data, without
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
 from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
@@ -19,7 +18,7 @@ from fedtl.errors import InputError
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
 from fedtl.scenario.schema import Scenario
-from fedtl.terminal import plain_table, plan_table
+from fedtl.terminal import plain_table, plan_table, shown
 from fedtl.types import Int32
 
 SHOWN_CLIENTS = 20
@@ -46,59 +45,64 @@ def check_scenario(
     if examples.images is None:
         content = content_hashes(np.asarray(examples.features))
     else:
+        opened.backbone.trunk()  # its weights are read only here, and in a run
         content, bad = _decode_all(opened, interrupts)
         if bad and scenario.data.on_bad_file == "stop":
-            shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+            named = "; ".join(list(bad.values())[:5])
+            more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
             raise InputError(
-                f"{len(bad)} of {len(examples)} images cannot be used: {shown}",
+                f"{len(bad)} of {len(examples)} images cannot be used: {named}{more}",
                 where="data",
                 do="Mend or remove them, or go without with --set data.on_bad_file=skip",
             )
-        for line in bad[:5]:
-            console.print(f"[yellow]left out[/] {escape(line)}")
+        if bad:
+            for line in list(bad.values())[:5]:
+                console.print(f"[yellow]left out[/] {shown(line)}")
+            keep = np.setdiff1d(np.arange(len(examples)), np.array(list(bad)))
+            opened, content = without(opened, keep), content[keep]
+            examples = opened.examples
     check_leaks(find_leaks(content, opened.split, examples), scenario.data.leakage)
     plan = forecast(opened)
     console.print(plan_table(opened, plan))
     console.print()
     console.print(class_table(opened.split, examples.labels, examples.classes))
     for note in examples.notes:
-        console.print(f"[yellow]note[/] {escape(note)}")
+        console.print(f"[yellow]note[/] {shown(note)}")
     for name, count in opened.split.excluded[:5]:
-        console.print(f"[yellow]left out[/] {escape(name)}: only {count} examples")
-    console.print(f"\nAll good. Next: fedtl run {escape(command)}")
+        console.print(f"[yellow]left out[/] {shown(name)}: {count} examples, too few to train on")
+    console.print(f"\nAll good. Next: fedtl run {shown(command)}")
     return {"scenario_hash": scenario.hash(), **asdict(plan)}
 
 
 def class_table(split: ClientSplit, labels: Int32, classes: tuple[str, ...]) -> Table:
     """Examples per client and class, training and test together."""
-    shown = classes[:SHOWN_CLASSES]
-    more = len(classes) - len(shown)
-    table = plain_table("client", "examples", *map(escape, shown), *([f"+{more}"] if more else []))
+    columns = classes[:SHOWN_CLASSES]
+    more = len(classes) - len(columns)
+    table = plain_table("client", "examples", *map(shown, columns), *([f"+{more}"] if more else []))
     for client in range(min(len(split.names), SHOWN_CLIENTS)):
         rows = np.concatenate([split.train.of(client), split.test.of(client)])
         counts = np.bincount(labels[rows], minlength=len(classes))
-        cells = [str(n) if n else "." for n in counts[: len(shown)].tolist()]
-        rest = [str(int(counts[len(shown) :].sum()))] if more else []
-        table.add_row(escape(split.names[client]), str(len(rows)), *cells, *rest)
+        cells = [str(n) if n else "." for n in counts[: len(columns)].tolist()]
+        rest = [str(int(counts[len(columns) :].sum()))] if more else []
+        table.add_row(shown(split.names[client]), str(len(rows)), *cells, *rest)
     if len(split.names) > SHOWN_CLIENTS:
         table.add_row(f"and {len(split.names) - SHOWN_CLIENTS} more")
     return table
 
 
-def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, list[str]]:
-    """Content hashes of all images, zeros for bad ones, and a line per bad one."""
+def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, dict[int, str]]:
+    """Content hashes of all images, zeros for bad ones, and a line per bad one by its row."""
     images = opened.examples.images
     assert images is not None
     content = np.zeros((len(images), 16), np.uint8)
-    bad: list[str] = []
+    bad: dict[int, str] = {}
     with ThreadPoolExecutor(allowed_threads(opened.scenario)) as pool:
         for start in range(0, len(images), DECODED_AT_A_TIME):
             interrupts.check("interrupted while decoding")
             chunk = range(start, min(start + DECODED_AT_A_TIME, len(images)))
             for i, found in zip(chunk, pool.map(lambda i: _hash(images, i), chunk), strict=True):
                 if isinstance(found, str):
-                    bad.append(found)
-                    content[i] = np.frombuffer(f"bad{i:013d}".encode(), np.uint8)
+                    bad[i] = found
                 else:
                     content[i] = found
     return content, bad

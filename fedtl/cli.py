@@ -65,19 +65,22 @@ def run(
 ) -> None:
     """Run a scenario: plan, rounds, verdict."""
     from fedtl.interrupts import Interrupts
+    from fedtl.results.runs import refuse_taken
     from fedtl.run import new_run_path, run_scenario
-    from fedtl.scenario.load import load_scenario
+    from fedtl.scenario.load import load_scenario, with_seed
     from fedtl.terminal import Terminal, print_seeds
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     path = out or new_run_path(chosen)
+    refuse_taken(path)
     console = _console(as_json)
+    command = _again(scenario, overrides)
     summaries: list[dict[str, Any]] = []
     with Interrupts() as interrupts:
         for seed in range(chosen.seed, chosen.seed + seeds):
-            one = chosen.model_copy(update={"seed": seed})
+            one = with_seed(chosen, seed)
             place = path if seeds == 1 else path / f"seed-{seed}"
-            with Terminal(console, scenario) as terminal:
+            with Terminal(console, command if seeds == 1 else None) as terminal:
                 summaries.append(run_scenario(one, place, terminal, interrupts))
     if seeds > 1:
         print_seeds(console, summaries)
@@ -120,7 +123,8 @@ def check(
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     with Interrupts() as interrupts:
-        facts = check_scenario(chosen, scenario, _console(as_json), interrupts)
+        command = _again(scenario, overrides)
+        facts = check_scenario(chosen, command, _console(as_json), interrupts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
 
@@ -186,7 +190,7 @@ def cache_rm(
     from fedtl.errors import InputError
     from fedtl.transfer.features import FeatureStore
 
-    if (key is None) != everything:
+    if (not key) != everything:
         raise InputError("name one entry, or --all", do="'fedtl cache ls' shows the keys")
     store = FeatureStore()
     if key is not None:
@@ -198,11 +202,19 @@ def cache_rm(
     typer.echo(f"freed {freed / 2**20:.1f} MiB")
 
 
+def _again(scenario: str, overrides: list[str] | None) -> str:
+    """What the user called, for commands to type next."""
+    import shlex
+
+    settings = [part for override in overrides or () for part in ("--set", override)]
+    return shlex.join([scenario, *settings])
+
+
 def _console(as_json: bool) -> Any:
     """Where people read: standard output, or standard error while that carries JSON."""
-    from rich.console import Console
+    from fedtl.terminal import PatientConsole
 
-    return Console(stderr=as_json, highlight=False)
+    return PatientConsole(stderr=as_json, highlight=False)
 
 
 def main() -> None:
@@ -217,7 +229,7 @@ def run_command(arguments: list[str]) -> int:
     """
     import click
 
-    from fedtl.errors import EXIT_BUG, FedtlError
+    from fedtl.errors import EXIT_BUG, FedtlError, machine_fault
 
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -230,7 +242,10 @@ def run_command(arguments: list[str]) -> int:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
+        typer.echo("stopped: interrupted", err=True)
         return 130
+    except SystemExit as done:  # how click ends when nobody reads its output any more
+        return 0 if isinstance(done.__context__, BrokenPipeError) else int(done.code or 0)
     except FedtlError as error:
         if debug:
             raise
@@ -244,6 +259,12 @@ def run_command(arguments: list[str]) -> int:
         return 3
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        fault = machine_fault(error)
+        typer.echo(f"error: {fault.line()}", err=True)
+        return fault.exit_code
     except Exception as error:
         if debug:
             raise

@@ -53,7 +53,8 @@ class FedtlError(Exception):
         facts += [f"allowed: {self.allowed}"] if self.allowed is not None else []
         if facts:
             text += f" ({'; '.join(facts)})"
-        return f"{text}. {self.do}" if self.do else text
+        text = f"{text}. {self.do}" if self.do else text
+        return "\n".join(map(printable, text.split("\n")))
 
 
 class InputError(FedtlError):
@@ -123,6 +124,12 @@ class Interrupted(FedtlError):
         super().__init__(what, do=do)
 
 
+def printable(text: str) -> str:
+    """Text from outside, safe for a terminal: control characters and stray bytes are escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name in ``names`` most like ``name``, or None where none is near."""
     lowered = {candidate.lower(): candidate for candidate in names}
@@ -142,6 +149,18 @@ def unknown_name(kind: str, name: str, names: Iterable[str], where: object = Non
         allowed=shown,
         do=f"Did you mean {hint!r}?" if hint else "'fedtl list' shows all names",
     )
+
+
+_BAD_NAME = frozenset(
+    {errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP}
+)
+
+
+def machine_fault(error: OSError) -> FedtlError:
+    """The system's refusal as an error of ours: a bad path is input, the rest the machine."""
+    kind = InputError if error.errno in _BAD_NAME else EnvironmentFault
+    where = None if error.filename is None else str(error.filename)[:200]
+    return kind(error.strerror or str(error), where=where)
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedtl import machine
 from fedtl.build import OpenedData, allowed_threads
 from fedtl.rounds import round_half_up
@@ -15,13 +17,13 @@ MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
 
 FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9}
-"""Float operations of local training per core: fused kernel, batched torch (benchmarks/kernel.py)."""
+"""Float operations of local training per core (benchmarks/kernel.py)."""
 
 EMBEDDED_GMACS = (0.385, 224)
 """EfficientNet-Lite0's billions of multiply-adds for one image of that size."""
 
-BASE_BYTES = 600 * 2**20
-"""Python with torch and ONNX Runtime loaded, measured as resident memory."""
+BASE_BYTES = {True: 600 * 2**20, False: 1100 * 2**20}
+"""Resident memory of the rest, measured: with features in the store, and with a trunk to run."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Forecast:
 def forecast(opened: OpenedData) -> Forecast:
     """What running this scenario on this machine will take."""
     scenario, split, examples = opened.scenario, opened.split, opened.examples
-    cached = is_cached(opened)
-    width = examples.features.shape[1] if examples.features is not None else opened.backbone.dim
+    stored = stored_width(opened)
+    cached, width = stored is not None, stored or opened.backbone.dim
     head = initial_head(scenario.head, width, len(examples.classes), scenario.seed)
     clients = len(split.names)
     cohort = min(clients, max(1, round_half_up(scenario.clients.fraction * clients)))
@@ -64,7 +66,7 @@ def forecast(opened: OpenedData) -> Forecast:
     flops = 4.0 * len(split.train.index) * share * parameters
     flops *= scenario.training.local_epochs * scenario.rounds
     threads = allowed_threads(scenario)
-    memory = BASE_BYTES + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
+    memory = BASE_BYTES[cached] + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
     return Forecast(
         clients,
         len(set(split.domains)),
@@ -85,10 +87,12 @@ def forecast(opened: OpenedData) -> Forecast:
     )
 
 
-def is_cached(opened: OpenedData) -> bool:
-    """Whether the feature store has this scenario's features already."""
+def stored_width(opened: OpenedData) -> int | None:
+    """D where the features are there already, None where the trunk has to make them."""
     section, examples = opened.scenario.backbone, opened.examples
-    return examples.images is None or FeatureStore().has(
+    if examples.images is None:
+        return int(np.asarray(examples.features).shape[1])
+    return FeatureStore().width(
         opened.backbone,
         examples.images,
         examples.fingerprint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -18,6 +19,7 @@ class Interrupts:
     """
 
     def __init__(self) -> None:
+        self.hint: str | None = None  # what to type after a stop, once that is known
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -38,14 +40,13 @@ class Interrupts:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            raise self._interrupted("stopped at once; the last commit is valid", number)
+            raise Interrupted(
+                "stopped at once; the last commit is valid", exit_code=128 + number, do=self.hint
+            )
         self._received = number
+        os.write(2, b"\nstopping when this step is done; once more stops at once\n")
 
     def check(self, what: str = "interrupted", do: str | None = None) -> None:
         """Raise Interrupted if a signal came since the context was entered."""
         if self._received is not None:
-            raise self._interrupted(what, self._received, do)
-
-    @staticmethod
-    def _interrupted(what: str, number: int, do: str | None = None) -> Interrupted:
-        return Interrupted(what, exit_code=128 + number, do=do)
+            raise Interrupted(what, exit_code=128 + self._received, do=do or self.hint)

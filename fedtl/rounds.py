@@ -80,18 +80,20 @@ def run_rounds(
     interrupts: Interrupts,
     *,
     allow_changes: bool = False,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> tuple[ServerState, Progress]:
     """Train to the scenario's last round, from the newest commit or from the start.
 
     Args:
         allow_changes: go on although scenario, data or versions differ from the commit's.
+        tell: takes a line about a commit that is damaged.
 
     Raises:
         PolicyStop: no client's update could be accepted; the last commit is kept.
         Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
         InputError: the commit belongs to another scenario, data set or version.
     """
-    state, progress = _restore(federation, folder, allow_changes)
+    state, progress = _restore(federation, folder, allow_changes, tell)
     total = federation.scenario.rounds
     while progress.round < total:
         started = time.perf_counter()
@@ -107,12 +109,13 @@ def run_rounds(
         failpoint("after_train", plan.round)
         if len(updates.clients) == 0:
             raise PolicyStop(
-                f"no update of round {plan.round} could be used, the first because "
-                f"{updates.failures[0].reason}; {progress.round} rounds are kept",
-                where=f"client {updates.failures[0].client}",
+                f"no update of round {plan.round} could be used, that of client "
+                f"{updates.failures[0].client} because {updates.failures[0].reason}; "
+                f"{progress.round} rounds are kept",
                 do="The training diverged or the data are broken: lower training.learning_rate",
             )
         state = federation.strategy.step(state, updates)
+        _refuse_non_finite(state, plan.round)
         failpoint("after_aggregate", plan.round)
         progress = _counted(progress, plan, updates, state.head)
         row, progress = _record(federation, folder, state, plan, updates, norms, progress)
@@ -132,22 +135,39 @@ def run_rounds(
     return state, progress
 
 
+def _refuse_non_finite(state: ServerState, round: int) -> None:
+    """The server's own step can overflow although every update was finite."""
+    tensors: dict[str, np.ndarray[Any, Any]] = {**state.head, **state.slots}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise PolicyStop(
+                f"the server's step of round {round} is not finite in {name}; "
+                f"{round - 1} rounds are kept",
+                do="Lower strategy.server_learning_rate or training.learning_rate",
+            )
+
+
 def plan_round(federation: Federation, state: ServerState, round: int) -> RoundPlan:
     """Who trains in a round, with what hyper-parameters and in what batch order."""
     scenario = federation.scenario
     clients = sample_cohort(
         scenario.seed, round, federation.population.num_clients, scenario.clients.fraction
     )
+    keys = seeding.client_keys(scenario.seed, "batches", round, clients)
+    plan = RoundPlan(round, clients, keys, local_training(scenario, round))
+    return federation.strategy.plan(state, plan)
+
+
+def local_training(scenario: Scenario, round: int) -> LocalTraining:
+    """What a client does with its data in a round, before the strategy has its say."""
     section = scenario.training
-    training = LocalTraining(
+    return LocalTraining(
         section.local_epochs,
         section.batch_size,
         scheduled_rate(scenario, round),
         section.momentum,
         section.weight_decay,
     )
-    keys = seeding.client_keys(scenario.seed, "batches", round, clients)
-    return RoundPlan(round, clients, keys, federation.strategy.plan(state, training))
 
 
 def sample_cohort(seed: int, round: int, num_clients: int, fraction: float) -> Int64:
@@ -269,12 +289,22 @@ def _commit(federation: Federation, state: ServerState, progress: Progress) -> C
 
 
 def _restore(
-    federation: Federation, folder: RunFolder, allow_changes: bool
+    federation: Federation,
+    folder: RunFolder,
+    allow_changes: bool,
+    tell: Callable[[str], None],
 ) -> tuple[ServerState, Progress]:
     """The newest commit's state, or the initial one, committed as round 0."""
     commit, notes = folder.begin()
     for note in notes:
         folder.event("damaged_commit", note=note)
+        tell(note)
+    if commit is None and notes and not allow_changes:
+        raise InputError(
+            f"no commit of this run is whole: {'; '.join(notes)}",
+            where=folder.path,
+            do="Run the scenario anew, or 'fedtl resume --allow' to begin again in this folder",
+        )
     if commit is None:
         state = federation.strategy.init(federation.head)
         progress = Progress(
@@ -287,10 +317,17 @@ def _restore(
         check_identity(commit.facts["identity"], federation.identity, str(folder.path))
     saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
     tensors = commit.tensors
-    head = {name: tensors[f"head.{name}"] for name in federation.head}
-    if any(head[name].shape != start.shape for name, start in federation.head.items()):
-        raise InputError("the committed head has another shape", where=folder.path)
-    slots = {k.removeprefix("slots."): v for k, v in tensors.items() if k.startswith("slots.")}
+    fresh = federation.strategy.init(federation.head)
+    expected = {f"head.{name}": tensor.shape for name, tensor in fresh.head.items()}
+    expected.update({f"slots.{name}": tensor.shape for name, tensor in fresh.slots.items()})
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise InputError(
+            "the commit is of another head or strategy, nothing can go on from it",
+            where=folder.path,
+            do="Run the scenario anew",
+        )
+    head = {name: tensors[f"head.{name}"] for name in fresh.head}
+    slots = {name: tensors[f"slots.{name}"] for name in fresh.slots}
     return ServerState(head, slots), Progress(**saved)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -32,13 +31,14 @@ from fedtl.evaluation.references import (
     judge_shared,
 )
 from fedtl.evaluation.verdicts import Verdict, give_verdict
+from fedtl.failpoints import failpoint
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
-from fedtl.results.runs import SCENARIO, RunFolder
-from fedtl.rounds import Federation, Progress, judged_clients, run_rounds
+from fedtl.results.runs import SCENARIO, RunFolder, refuse_taken
+from fedtl.rounds import Federation, Progress, judged_clients, local_training, run_rounds
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
-from fedtl.types import ClientUpdates, Head, LocalTraining
+from fedtl.types import ClientUpdates, Head
 
 
 class Observer(Protocol):
@@ -55,6 +55,9 @@ class Observer(Protocol):
 
     def round_done(self, row: Mapping[str, Any], updates: ClientUpdates) -> None:
         """One more round is committed."""
+
+    def noted(self, note: str) -> None:
+        """Something the user should know, in one line."""
 
     def comparing(self, reference: str) -> None:
         """A reference is being trained."""
@@ -94,13 +97,15 @@ def run_scenario(
             run was interrupted.
     """
     started = time.perf_counter()
+    refuse_taken(path)
+    interrupts.hint = f"Type 'fedtl resume {path}' to go on"
     opened = open_data(scenario)
     folder = RunFolder.create(path, dump_scenario(scenario))
     try:
         return _carry_on(opened, folder, observer, interrupts, started)
     except FedtlError as error:
         if not isinstance(error, Interrupted) and not any((path / "checkpoints").glob("*.json")):
-            shutil.rmtree(path)
+            folder.discard()
         raise
     finally:
         folder.release()
@@ -112,6 +117,7 @@ def resume_run(
     """Go on with a run from its last commit; a finished one is left as it is."""
     started = time.perf_counter()
     folder = RunFolder.reopen(path)
+    interrupts.hint = f"Type 'fedtl resume {path}' to go on"
     try:
         if folder.finished() is not None:
             raise InputError(
@@ -146,21 +152,22 @@ def _carry_on(
     federation.engine.start(federation.head)
     start_seconds = time.perf_counter() - before
     observer.ready(built)
-    for note in built.features.notes:
-        folder.event("note", text=note)
     folder.event("started", scenario_hash=federation.identity["scenario_hash"])
     interrupts.check("interrupted before the first round", resume)
     try:
         state, done = run_rounds(
-            federation, folder, observer.round_done, interrupts, allow_changes=allow_changes
+            federation,
+            folder,
+            observer.round_done,
+            interrupts,
+            allow_changes=allow_changes,
+            tell=observer.noted,
         )
     except FedtlError as error:
         folder.event("stopped", exit_code=error.exit_code, what=error.what)
         with suppress(OSError, FedtlError):  # the error that stopped the run is the one to tell
             folder.write_tables()
         raise
-    finally:
-        federation.engine.close()
     return _conclude(
         built, opened, folder, observer, interrupts, state.head, done, started, start_seconds
     )
@@ -182,7 +189,9 @@ def _conclude(
     before = progress.clients_bytes
     folder.clients.start(before)  # rows of references that an earlier attempt left are cut off
     judged = judged_clients(federation.scenario, federation.population.num_clients)
+    began = time.perf_counter()
     judgements = _judgements(federation, folder, observer, interrupts, head, judged)
+    references_seconds = time.perf_counter() - began
     # Where only some clients were also trained alone, the verdict is about those.
     compared = judgements.pop("federated_sample", judgements["federated"])
     verdict = give_verdict(
@@ -200,12 +209,16 @@ def _conclude(
         "extract": extract,
         "start": start_seconds,
         "train": train,
+        "references": references_seconds,
         "total": max(time.perf_counter() - started, extract + train),
     }
     summary["client_rounds_per_second"] = progress.client_rounds / train if train else None
     summary["peak_rss_mib"] = round(machine.peak_rss_mib(), 1)
     summary["versions"] = machine.versions()
     summary["cpu"] = machine.cpu_model()
+    summary["device"] = resolve_device(federation.scenario)
+    summary["threads"] = allowed_threads(federation.scenario)
+    failpoint("before_summary", progress.round)
     folder.event("finished", head_sha256=summary["head_sha256"])
     folder.finish(summary)
     observer.finished(summary, verdict, folder.path)
@@ -236,26 +249,25 @@ def _judgements(
     if len(judged) > limit and scenario.evaluation.references:
         stream = seeding.generator(scenario.seed, "references")
         judge = replace(judge, clients=np.sort(stream.choice(judged, limit, replace=False)))
-        found["federated_sample"] = judge_shared(judge, head, "federated")
-    section = scenario.training
-    training = LocalTraining(
-        section.local_epochs,
-        section.batch_size,
-        section.learning_rate,
-        section.momentum,
-        section.weight_decay,
-    )
-    for name in scenario.evaluation.references:
-        observer.comparing(name)
+        unrecorded = replace(judge, record=lambda columns: None)
+        found["federated_sample"] = judge_shared(unrecorded, head, "federated")
+
+    def check() -> None:
         interrupts.check(
             "interrupted; all rounds are done", f"Type 'fedtl resume {folder.path}' to finish"
         )
+
+    for name in scenario.evaluation.references:
+        observer.comparing(name)
+        check()
+        failpoint(f"before_{name}", scenario.rounds)
         if name == "local_only":
-            found[name] = judge_alone(
-                judge, federation.head, training, scenario.rounds, scenario.seed
-            )
+            rounds = range(1, scenario.rounds + 1)
+            trainings = [local_training(scenario, round) for round in rounds]
+            found[name] = judge_alone(judge, federation.head, trainings, scenario.seed, check)
         else:
-            found[name] = judge_pooled(judge, federation.head, section.weight_decay)
+            decay = scenario.training.weight_decay
+            found[name] = judge_pooled(judge, federation.head, decay, check)
     return found
 
 
@@ -305,6 +317,7 @@ def _summary(
             "train": len(population.train.index),
             "test": len(population.test.index),
             "classes": len(population.classes),
+            "skipped_examples": len(opened.examples) - len(built.features.examples),
             "excluded_clients": len(built.features.split.excluded),
             "leaks_train_test": built.leaks.train_test,
             "leaks_between_clients": built.leaks.between_clients,
@@ -317,7 +330,6 @@ def _summary(
             "features": int(population.features.shape[1]),
             **built.features.facts,
         },
-        "notes": list(built.features.notes),
     }
 
 

@@ -5,8 +5,10 @@ On a terminal it moves; elsewhere (a log file, CI) it is plain lines, one a roun
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from fedtl.build import Built, OpenedData
 from fedtl.doctor import Finding
+from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.scenario.schema import Scenario
@@ -39,6 +42,11 @@ COLUMNS = (
     "  s",
 )
 """Of the table of rounds; the widths hold where it is printed line by line."""
+
+
+def shown(text: str) -> str:
+    """Text from outside, as it is: no markup, no control character."""
+    return escape(printable(text))
 
 
 def size(count: float) -> str:
@@ -62,6 +70,10 @@ def duration(seconds: float | None) -> str:
     return f"about {minutes:.0f} min" if minutes < 120 else f"about {minutes / 60:.1f} h"
 
 
+SPARED = frozenset({COLUMNS[2], COLUMNS[6], COLUMNS[7]})
+"""Columns that a narrow terminal does without."""
+
+
 def _plain_row(cells: Sequence[str]) -> str:
     return "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
 
@@ -69,6 +81,13 @@ def _plain_row(cells: Sequence[str]) -> str:
 def percent(value: Any) -> str:
     """A fraction as per cent; undefined as a dash."""
     return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def loss_text(value: float | None) -> str:
+    """A loss in five characters or so."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
 
 
 def plain_table(*columns: str, title: str | None = None) -> Table:
@@ -102,16 +121,26 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         "privacy": "data stay at the clients; no differential privacy, epsilon is not bounded",
     }
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", escape(text))
+        table.add_row(f"[bold]{name}[/]", shown(text))
     return table
+
+
+class PatientConsole(Console):
+    """Goes on in silence when nobody reads any more: a run is not lost to ``| head``."""
+
+    def on_broken_pipe(self) -> None:
+        """Point the stream to nowhere, so that nothing later fails on it."""
+        self.quiet = True
+        with open(os.devnull, "w") as nowhere, suppress(OSError, ValueError):
+            os.dup2(nowhere.fileno(), self.file.fileno())
 
 
 class Terminal:
     """Shows one run on a console. Use as a context, so that the screen is left in order."""
 
-    def __init__(self, console: Console, command: str = "") -> None:
+    def __init__(self, console: Console, command: str | None = None) -> None:
         self.console = console
-        self._command = command  # what the user called the scenario, for commands to type next
+        self._command = command  # what the user called, for commands to type next; None: none
         self._scenario = Scenario(name="unnamed")
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -134,7 +163,7 @@ class Terminal:
     def planned(self, opened: OpenedData, plan: Forecast) -> None:
         """Prints the plan."""
         self._rounds, self._scenario = plan.rounds, opened.scenario
-        self.console.print(f"[bold]{escape(opened.scenario.name)}[/] [dim]the plan[/]")
+        self.console.print(f"[bold]{shown(opened.scenario.name)}[/] [dim]the plan[/]")
         self.console.print(plan_table(opened, plan))
         self.console.print()
 
@@ -150,11 +179,11 @@ class Terminal:
         """Says what was found on the way."""
         self._stop()
         for note in built.features.notes:
-            self.console.print(f"[yellow]note[/] {escape(note)}")
+            self.noted(note)
         if built.leaks.train_test or built.leaks.between_clients:
-            self.console.print(
-                f"[yellow]note[/] the same content is in train and test {built.leaks.train_test} "
-                f"times and at two clients {built.leaks.between_clients} times; allowed here"
+            self.noted(
+                f"the same content is in train and test {built.leaks.train_test} times and at "
+                f"two clients {built.leaks.between_clients} times; allowed here"
             )
         if not self.console.is_terminal:
             self.console.print(_plain_row(COLUMNS), style="bold")
@@ -167,18 +196,22 @@ class Terminal:
             percent(row["accuracy"]),
             percent(row["balanced_accuracy"]),
             percent(row["worst_decile_accuracy"]),
-            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            loss_text(row["loss"]),
             f"{row['accepted']}/{row['cohort']}",
             size(moved),
             f"{row['seconds']:.2f}",
         )
         self._rows.append(cells)
         for failure in updates.failures[:3]:
-            self.console.print(f"[yellow]client {failure.client}[/] {escape(failure.reason)}")
+            self.console.print(f"[yellow]client {failure.client}[/] {shown(failure.reason)}")
         if self.console.is_terminal:
             self._show("rounds", row["round"], self._rounds)
         else:
             self.console.print(_plain_row(cells))
+
+    def noted(self, note: str) -> None:
+        """Prints a line above the table."""
+        self.console.print(f"[yellow]note[/] {shown(note)}")
 
     def comparing(self, reference: str) -> None:
         """Says which reference is being trained."""
@@ -190,25 +223,30 @@ class Terminal:
         self._stop()
         self.console.print()
         self.console.print(comparison_table(summary))
-        self.console.print(f"\n[bold]{escape(verdict.headline)}[/]")
+        self.console.print(f"\n[bold]{shown(verdict.headline)}[/]")
         for line in verdict.lines:
-            self.console.print(escape(line), highlight=False)
+            self.console.print(shown(line), highlight=False)
         seconds = summary["seconds"]
         self.console.print(
             f"Moved {size(summary['bytes_up'] + summary['bytes_down'])} "
             f"in {seconds['total']:.1f} s (trunk {seconds['extract']:.1f}, "
-            f"rounds {seconds['train']:.1f}); everything is in {escape(str(folder))}",
+            f"rounds {seconds['train']:.1f}, references {seconds['references']:.1f}); "
+            f"everything is in {shown(str(folder))}",
             highlight=False,
             soft_wrap=True,
         )
+        if self._command is None:
+            return
         self.console.print("\n[bold]Next[/]")
-        for command in next_commands(self._scenario, self._command or summary["name"]):
-            self.console.print(f"  {escape(command)}", highlight=False, soft_wrap=True)
+        for command in next_commands(self._scenario, self._command):
+            self.console.print(f"  {shown(command)}", highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        table = plain_table(*COLUMNS)
+        wide = self.console.width >= sum(len(name) + 2 for name in COLUMNS)
+        kept = [i for i, name in enumerate(COLUMNS) if wide or name not in SPARED]
+        table = plain_table(*(COLUMNS[i] for i in kept))
         for cells in self._rows[-ROWS_SHOWN:]:
-            table.add_row(*cells)
+            table.add_row(*(cells[i] for i in kept))
         return table
 
     def _show(self, what: str, done: int | None, total: int | None) -> None:
@@ -268,19 +306,20 @@ def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
     """``fedtl list``."""
     for kind, names in found.items():
         console.print(f"[bold]{kind}[/]")
-        console.print(f"  {escape(', '.join(names))}\n", highlight=False)
+        console.print(f"  {shown(', '.join(names))}\n", highlight=False)
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """``fedtl doctor``."""
-    table = plain_table("", "", "", "")
-    table.show_header = False
-    for column in table.columns:
-        column.justify = "left"
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=2)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
         fix = "" if finding.ok else finding.fix
-        table.add_row(mark, finding.what, escape(finding.detail), escape(fix))
+        table.add_row(mark, finding.what, shown(finding.detail), shown(fix))
     console.print(table)
 
 
@@ -290,20 +329,28 @@ def print_entries(console: Console, store: FeatureStore, entries: Sequence[Store
     for entry in entries:
         used = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
         table.add_row(
-            entry.key[:16], escape(entry.backbone), f"{entry.images:,}", size(entry.num_bytes), used
+            entry.key[:16], shown(entry.backbone), f"{entry.images:,}", size(entry.num_bytes), used
         )
     console.print(table if entries else "the store is empty")
-    console.print(escape(str(store.root)), soft_wrap=True)
+    console.print(shown(str(store.root)), soft_wrap=True)
 
 
 def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
     console.print()
-    table = plain_table("seed", "federated", *summaries[0]["references"])
-    heads = [[s["final"], *s["references"].values()] for s in summaries]
-    for summary, row in zip(summaries, heads, strict=True):
-        table.add_row(str(summary["seed"]), *(percent(facts["accuracy"]) for facts in row))
-    columns = [[facts["accuracy"] for facts in column] for column in zip(*heads, strict=True)]
+    names = ["federated", *summaries[0]["references"]]
+    table = plain_table("seed", *(f"{name} {place}" for name in names for place in ("own", "all")))
+    rows = [
+        [
+            facts[metric]
+            for facts in (summary["final"], *summary["references"].values())
+            for metric in ("accuracy", "accuracy_everyone")
+        ]
+        for summary in summaries
+    ]
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(str(summary["seed"]), *map(percent, row))
+    columns = list(zip(*rows, strict=True))
     if all(value is not None for column in columns for value in column):
         table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
         table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))

@@ -5,7 +5,7 @@ Axes: K clients, k clients of a cohort, N examples, B batch, D features, C class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,3 +171,13 @@ class ClientMetrics:
     loss_sum: Float64
     correct: Int64
     count: Int64
+
+
+def join_metrics(parts: Sequence[ClientMetrics]) -> ClientMetrics:
+    """Metrics of several groups of clients as one; at least one group."""
+    return ClientMetrics(
+        np.concatenate([part.clients for part in parts]),
+        np.concatenate([part.loss_sum for part in parts]),
+        np.concatenate([part.correct for part in parts]),
+        np.concatenate([part.count for part in parts]),
+    )

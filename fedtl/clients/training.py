@@ -68,10 +68,11 @@ def _train_linear(
     out_weights = np.empty((num, num_classes, width), dtype=np.float32)
     out_biases = np.empty((num, num_classes), dtype=np.float32)
     loss = np.empty(num, dtype=np.float64)
-    rate, momentum, decay, proximal = (
-        np.float32(value)
-        for value in (own.learning_rate, own.momentum, own.weight_decay, own.proximal)
-    )
+    with np.errstate(over="ignore"):  # a rate beyond float32 is infinite, its update is refused
+        rate, momentum, decay, proximal = (
+            np.float32(value)
+            for value in (own.learning_rate, own.momentum, own.weight_decay, own.proximal)
+        )
 
     def work(first: int, stop: int) -> None:
         rows = block_rows(

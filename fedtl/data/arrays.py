@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtl import machine
 from fedtl.data.examples import (
     ArrayImages,
     Examples,
@@ -20,7 +21,7 @@ from fedtl.data.examples import (
     content_fingerprint,
     data_problems,
 )
-from fedtl.errors import InputError, SecurityRefusal, nearest
+from fedtl.errors import EnvironmentFault, InputError, SecurityRefusal, nearest
 from fedtl.scenario.schema import Data
 from fedtl.types import Float32, Int32
 
@@ -165,6 +166,15 @@ def check_headers(archive: zipfile.ZipFile, path: Path) -> list[str]:
             )
     if total > MAX_BYTES:
         problems.append(f"the arrays claim {total} bytes, more than {MAX_BYTES}")
+    available = machine.available_memory_bytes()
+    if not problems and available is not None and total > available:
+        raise EnvironmentFault(
+            "the arrays do not fit into memory",
+            where=str(path),
+            got=f"{total} bytes claimed",
+            allowed=f"{available} bytes available",
+            do="Use fewer rows, float16 features, or a machine with more memory",
+        )
     return problems
 
 

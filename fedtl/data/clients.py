@@ -69,6 +69,14 @@ def split_clients(
             + (", one of them for training" if examples.is_test is not None else ""),
             do="Use fewer clients, or a smaller clients.min_examples",
         )
+    if not (is_test & stays[assignment.client]).any():
+        raise InputError(
+            "no client has an example to be judged on",
+            where="data",
+            do="Mark some rows of training clients as test, or leave `split` out"
+            if examples.is_test is not None
+            else "Use fewer clients, or a larger data.test_fraction",
+        )
     excluded = np.flatnonzero(~stays).tolist()
     kept = np.flatnonzero(stays).tolist()
     return ClientSplit(

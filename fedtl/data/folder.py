@@ -17,8 +17,8 @@ import numpy as np
 
 from fedtl.data.examples import Examples, content_fingerprint, data_problems
 from fedtl.data.files import Files, open_files
-from fedtl.data.images import EXTENSIONS, FileImages, printable
-from fedtl.errors import InputError
+from fedtl.data.images import EXTENSIONS, FileImages
+from fedtl.errors import InputError, printable
 from fedtl.scenario.schema import Data
 
 TYPO_RATIO = 0.83
@@ -63,6 +63,13 @@ def build_examples(
     files: Files, paths: list[str], digests: bytes, data: Data, notes: tuple[str, ...]
 ) -> Examples:
     """Labels and domains from the paths of the images."""
+    if stray := [path for path in paths if not path.isprintable()]:
+        raise InputError(
+            f"{len(stray)} paths have characters that cannot be shown",
+            where="data.path",
+            got="; ".join(printable(path) for path in stray[:5]),
+            do="Rename them",
+        )
     folders = [unicodedata.normalize("NFC", path).split("/")[:-1] for path in paths]
     classes = tuple(sorted({parts[-1] for parts in folders}))
     label_of = {name: i for i, name in enumerate(classes)}

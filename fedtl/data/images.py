@@ -24,6 +24,7 @@ from PIL import (
 
 from fedtl.data.examples import BadImage, Pixels
 from fedtl.data.files import Files
+from fedtl.errors import printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -151,9 +152,3 @@ class FileImages:
     def where(self, i: int) -> str:
         """The path inside the data folder, safe to print."""
         return printable(self._paths[i])
-
-
-def printable(path: str) -> str:
-    """A path whose undecodable bytes and control characters are escaped."""
-    text = path.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

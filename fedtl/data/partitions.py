@@ -41,6 +41,10 @@ Rule = Callable[[Int32, int, Clients, np.random.Generator], Int64]
 """(labels [n], num, options, generator) -> client id in [0, num) of every row, int64 [n]."""
 
 
+MAX_EXPONENT = 1e6
+"""Beyond it one client holds all that is not given to everybody; larger numbers only overflow."""
+
+
 def deal_iid(labels: Int32, num: int, clients: Clients, generator: np.random.Generator) -> Int64:
     """Rows dealt at random; sizes differ by one at most."""
     client = np.empty(len(labels), dtype=np.int64)
@@ -128,9 +132,9 @@ def deal_quantity(
 ) -> Int64:
     """Client sizes follow a log-normal or a Zipf law, labels are IID; nobody gets nothing."""
     if clients.quantity == "lognormal":
-        logs = clients.sigma * generator.standard_normal(num)
+        logs = min(clients.sigma, MAX_EXPONENT) * generator.standard_normal(num)
     else:
-        logs = -clients.exponent * np.log(np.arange(1, num + 1))
+        logs = -min(clients.exponent, MAX_EXPONENT) * np.log(np.arange(1, num + 1))
     shares = np.exp(logs - logs.max())
     edges = np.rint(np.cumsum(shares / shares.sum()) * (len(labels) - num)).astype(np.int64)
     sizes = 1 + np.diff(edges, prepend=0)

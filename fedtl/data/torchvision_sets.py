@@ -28,7 +28,7 @@ from fedtl.errors import EnvironmentFault, InputError, unknown_name, writing
 from fedtl.scenario.schema import Data
 from fedtl.types import Int32
 
-DEFAULT_ROOT = "~/.cache/fedtl/torchvision"
+DEFAULT_ROOT = "~/.cache/fedtl"
 TIMEOUT_SECONDS = 10.0
 """Without an answer for so long, a download is given up."""
 
@@ -94,7 +94,8 @@ def load_torchvision(data: Data) -> Examples:
     available = [name for name in SETS if hasattr(torchvision.datasets, name)]
     if data.name not in available:
         raise unknown_name("torchvision data set", str(data.name), available, where="data.name")
-    root = Path(data.path or DEFAULT_ROOT).expanduser()
+    cache = os.environ.get("FEDTL_CACHE") or DEFAULT_ROOT
+    root = Path(data.path or os.path.join(cache, "torchvision")).expanduser()
     kind = getattr(torchvision.datasets, data.name)
     wanted = SETS[data.name]
     if len(wanted) > 1:

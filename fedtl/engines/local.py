@@ -18,10 +18,14 @@ from fedtl.types import (
     LocalTraining,
     Population,
     RoundPlan,
+    join_metrics,
 )
 
 RESIDENT_BYTES = 2**29
 """Feature matrices up to this size may stay mapped as a whole; releasing would only cost time."""
+
+JUDGED_AT_A_TIME = 2000
+"""Clients whose test rows may be mapped at the same time."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,16 @@ class LocalEngine:
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
         """Each client's own test examples."""
-        metrics = evaluate_clients(
-            self.population, head, clients, threads=self.threads, device=self.device
-        )
-        self._release()
-        return metrics
+        parts = []
+        for first in range(0, len(clients), JUDGED_AT_A_TIME):
+            some = clients[first : first + JUDGED_AT_A_TIME]
+            parts.append(
+                evaluate_clients(
+                    self.population, head, some, threads=self.threads, device=self.device
+                )
+            )
+            self._release()
+        return join_metrics(parts)
 
     def close(self) -> None:
         """Nothing to let go of."""

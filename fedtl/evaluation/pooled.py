@@ -7,6 +7,7 @@ method and reaches a local optimum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ TOLERANCE = 1e-4
 MAX_EVALUATIONS = 300
 """Without weight decay separable data have no finite optimum; the search ends here then."""
 
-MAX_RESIDENT_BYTES = 2 * 2**30
+MAX_RESIDENT_BYTES = 2**29
 """Training rows are gathered once if they fit in this, else in chunks at every evaluation."""
 
 
@@ -39,9 +40,14 @@ class PooledFit:
 
 
 def fit_pooled(
-    population: Population, head: Head, rows: Int64, weight_decay: float, device: str = "cpu"
+    population: Population,
+    head: Head,
+    rows: Int64,
+    weight_decay: float,
+    device: str = "cpu",
+    check: Callable[[], None] = lambda: None,
 ) -> PooledFit:
-    """Train one head on all given rows to convergence.
+    """Train one head on all given rows to convergence, on one thread: the same bits everywhere.
 
     Args:
         population: features and labels.
@@ -49,11 +55,12 @@ def fit_pooled(
         rows: int64 [n], the training rows, every client's together.
         weight_decay: the clients' own, so that both minimise the same objective:
             mean cross-entropy + weight_decay / 2 * |w|^2.
+        check: called at each evaluation; may raise to stop.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    from fedtl.clients.batched import forward
+    from fedtl.clients.batched import forward, one_torch_thread
 
     tensors = {
         name: torch.tensor(value, device=device, requires_grad=True) for name, value in head.items()
@@ -66,7 +73,8 @@ def fit_pooled(
     ]
 
     def load(part: Int64) -> torch.Tensor:
-        return torch.tensor(population.features[part].astype(np.float32), device=device)
+        gathered = np.ascontiguousarray(population.features[part], np.float32)
+        return torch.from_numpy(gathered).to(device)
 
     resident = [load(parts[0])] if len(parts) == 1 else None
     optimizer = torch.optim.LBFGS(
@@ -83,6 +91,7 @@ def fit_pooled(
 
     def objective() -> torch.Tensor:
         nonlocal evaluations, last
+        check()
         optimizer.zero_grad()
         total = 0.0
         for i, part in enumerate(parts):
@@ -99,8 +108,9 @@ def fit_pooled(
         last = total
         return torch.tensor(total)
 
-    optimizer.step(objective)  # type: ignore[no-untyped-call]
-    objective()
+    with one_torch_thread():
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+        objective()
     gradient = max(float(t.grad.abs().max()) for t in tensors.values() if t.grad is not None)
     fitted = {name: t.detach().cpu().numpy().astype(np.float32) for name, t in tensors.items()}
     return PooledFit(fitted, last, gradient, evaluations)

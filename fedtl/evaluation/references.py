@@ -6,7 +6,7 @@ Every head is judged twice: on the client's own test examples ("test") and on ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,16 @@ from fedtl.clients.evaluation import evaluate_clients, evaluate_heads, evaluate_
 from fedtl.clients.training import train_clients
 from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.evaluation.pooled import fit_pooled
-from fedtl.types import ClientMetrics, Float64, Head, Int64, LocalTraining, Population, RoundPlan
+from fedtl.types import (
+    ClientMetrics,
+    Float64,
+    Head,
+    Int64,
+    LocalTraining,
+    Population,
+    RoundPlan,
+    join_metrics,
+)
 
 HEADS_AT_A_TIME = 256
 """Local heads held in memory together: 256 heads of 512 x 10 are 5 MB."""
@@ -92,43 +101,65 @@ def everyone_rows(population: Population, clients: Int64, limit: int, seed: int)
 
 
 def judge_alone(
-    judge: Judge, head: Head, training: LocalTraining, rounds: int, seed: int
+    judge: Judge,
+    head: Head,
+    trainings: Sequence[LocalTraining],
+    seed: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Judgement:
-    """Each client trains alone, as long as it would have trained in the federation.
+    """Each client trains alone: the federation's rounds, every one of them, and nobody to average.
 
-    ``accuracy`` is over all test examples, each judged by its own client's head;
-    ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
+    A client alone is not sampled, so under client sampling it trains in more rounds than in the
+    federation: that is what it would do.
+
+    Args:
+        trainings: what a client does in each round, its learning rate on schedule.
+        check: called before each round; may raise to stop.
+
+    Returns:
+        ``accuracy`` is over all test examples, each judged by its own client's head;
+        ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
     """
-    budget = replace(training, epochs=training.epochs * rounds, proximal=0.0)
     own: list[ClientMetrics] = []
     everyone: list[ClientMetrics] = []
     for clients in _chunks(judge.clients, HEADS_AT_A_TIME):
-        keys = seeding.client_keys(seed, "local_only", 0, clients)
-        plan = RoundPlan(0, clients, keys, budget)
-        updates = train_clients(
-            judge.population, head, plan, threads=judge.threads, device=judge.device
-        )
+        heads: Head | None = None
+        for round, training in enumerate(trainings, 1):
+            check()
+            keys = seeding.client_keys(seed, "local_only", round, clients)
+            heads = train_clients(
+                judge.population,
+                head,
+                RoundPlan(round, clients, keys, training),
+                threads=judge.threads,
+                device=judge.device,
+                initial=heads,
+            ).tensors
+        assert heads is not None
         mine = evaluate_own(
-            judge.population, updates.tensors, clients, threads=judge.threads, device=judge.device
+            judge.population, heads, clients, threads=judge.threads, device=judge.device
         )
-        abroad = replace(judge.on_everyone(updates.tensors), clients=clients)
+        abroad = replace(judge.on_everyone(heads), clients=clients)
         for metrics, split, kept in ((mine, "test", own), (abroad, "everyone", everyone)):
             names = judge.population.columns(clients)
             judge.record(client_rows(judge.round, metrics, names, "local_only", split))
             kept.append(metrics)
-    at_home, everywhere = _joined(own), per_client(_joined(everyone)).accuracy
+    at_home, everywhere = join_metrics(own), per_client(join_metrics(everyone)).accuracy
     facts: dict[str, Any] = dict(overall(at_home).as_facts())
     facts["accuracy_everyone"] = defined(float(np.mean(everywhere)))
+    facts["examples_everyone"] = len(judge.everyone)
+    facts["epochs"] = sum(training.epochs for training in trainings)
     mine_alone = per_client(at_home)
     facts["clients"] = len(judge.clients)
     return Judgement(judge.clients, facts, mine_alone.accuracy, mine_alone.examples, everywhere)
 
 
-def judge_pooled(judge: Judge, head: Head, weight_decay: float) -> Judgement:
+def judge_pooled(
+    judge: Judge, head: Head, weight_decay: float, check: Callable[[], None] = lambda: None
+) -> Judgement:
     """One head on everybody's training examples, to convergence: what pooling would give."""
-    fit = fit_pooled(
-        judge.population, head, np.sort(judge.population.train.index), weight_decay, judge.device
-    )
+    rows = np.sort(judge.population.train.index)
+    fit = fit_pooled(judge.population, head, rows, weight_decay, judge.device, check)
     judgement = judge_shared(judge, fit.head, "centralised")
     judgement.facts.update(
         train_loss=defined(fit.loss),
@@ -164,6 +195,7 @@ def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
     each, accuracy = per_client(own), per_client(everyone).accuracy
     facts: dict[str, Any] = dict(overall(own).as_facts())
     facts["accuracy_everyone"] = defined(float(per_client(shared).accuracy[0]))
+    facts["examples_everyone"] = len(judge.everyone)
     facts["clients"] = len(judge.clients)
     return Judgement(judge.clients, facts, each.accuracy, each.examples, accuracy)
 
@@ -171,12 +203,3 @@ def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
 def _chunks(clients: Int64, size: int) -> Iterator[Int64]:
     for start in range(0, len(clients), size):
         yield clients[start : start + size]
-
-
-def _joined(parts: list[ClientMetrics]) -> ClientMetrics:
-    return ClientMetrics(
-        np.concatenate([p.clients for p in parts]),
-        np.concatenate([p.loss_sum for p in parts]),
-        np.concatenate([p.correct for p in parts]),
-        np.concatenate([p.count for p in parts]),
-    )

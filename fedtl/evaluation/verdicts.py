@@ -1,8 +1,8 @@
 """What the figures say, in words: is the federated head worth it, and for whom?
 
-The rule of thumb used here: two accuracies count as different when they are more than two standard
-errors apart, taking the examples as independent draws. That is cautious for heads judged on the
-same examples; a paired test per client says more.
+Two accuracies count as clearly different when they are more than two standard errors apart, with
+two added successes and failures (Agresti and Caffo 2000), which keeps small samples honest. The
+examples are taken as independent draws, which is cautious for heads judged on the same ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtl.evaluation.references import Judgement
 from fedtl.types import Float64, Int64
@@ -49,30 +50,28 @@ def give_verdict(
     right = _percent(federated.facts["accuracy"])
     headline = f"The federated head is right on {right} of all tests."
     if alone is not None:
-        difference = federated.own - alone.own
-        noise = _two_errors(federated.own, alone.own, federated.own_examples)
-        known = np.isfinite(difference)
-        better = int((difference[known] > noise[known]).sum())
-        worse = int((difference[known] < -noise[known]).sum())
-        similar = int(known.sum()) - better - worse
-        home, abroad = _against(federated, alone)
-        headline = _headline(home, abroad)
+        sign = compare(federated.own, alone.own, federated.own_examples)
+        judged = np.isfinite(federated.own) & np.isfinite(alone.own)
+        better, worse = int((sign > 0).sum()), int((sign < 0).sum())
+        similar = int(judged.sum()) - better - worse
+        found = _against(federated, alone)
+        headline = HEADLINES[found["home"][1], found["everyone"][1]]
         lines += [
             f"At home (each client's own tests): federated {right}, "
-            f"alone {_percent(alone.facts['accuracy'])}: {_points(home.difference)}"
-            f"{'' if home.clear else ', within noise'}.",
+            f"alone {_percent(alone.facts['accuracy'])}: {_difference(found['home'])}.",
             f"Everywhere (everybody's tests): federated "
             f"{_percent(federated.facts['accuracy_everyone'])}, alone on average "
-            f"{_percent(alone.facts['accuracy_everyone'])}: {_points(abroad.difference)}"
-            f"{'' if abroad.clear else ', within noise'}.",
+            f"{_percent(alone.facts['accuracy_everyone'])}: {_difference(found['everyone'])}.",
             f"Client by client at home: {better} clearly better off federated, {worse} clearly "
             f"better off alone, {similar} too close to call.",
         ]
     if pooled is not None:
         gap = _number(pooled.facts["accuracy"]) - _number(federated.facts["accuracy"])
+        words = f"{_points(gap)[1:]} {'more' if gap > 0 else 'less'} than federating"
         lines.append(
             f"Pooling everybody's data would give {_percent(pooled.facts['accuracy'])}: "
-            f"{_points(gap)[1:]} {'more' if gap > 0 else 'less'} than federating."
+            + (words if gap else "the same as federating")
+            + ("." if pooled.facts.get("converged", True) else "; its fit has not converged.")
         )
     best, worst = _extremes(federated.own)
     if best is not None and worst is not None:
@@ -83,49 +82,55 @@ def give_verdict(
     return Verdict(headline, tuple(lines), better, worse, similar, best, worst)
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    difference: float
-    clear: bool
+HEADLINES: dict[tuple[str, str], str] = {
+    ("gain", "gain"): "Federating pays: better at home and on everybody's examples.",
+    (
+        "gain",
+        "none",
+    ): "Federating pays at home; on everybody's examples it makes no clear difference.",
+    ("gain", "loss"): "It depends: the federated head is better at home and worse elsewhere.",
+    (
+        "none",
+        "gain",
+    ): "No clear difference at home; on everybody's examples the federated head is better.",
+    ("none", "none"): "Not enough evidence that federating changes anything here.",
+    ("none", "loss"): "Stay alone: no clear difference at home, and worse on everybody's examples.",
+    (
+        "loss",
+        "gain",
+    ): "It depends: at home a client's own head is better, elsewhere the federated one.",
+    ("loss", "none"): "Stay alone: worse at home, and no clear difference on everybody's examples.",
+    ("loss", "loss"): "Stay alone: the federated head is worse at home and elsewhere.",
+}
+"""By what federating does on the clients' own tests and on everybody's."""
 
 
-def _against(federated: Judgement, alone: Judgement) -> tuple[_Comparison, _Comparison]:
-    """Federated minus alone at home and on everybody's tests."""
-    examples = max(1, int(_number(federated.facts["examples"])))
-    found = []
-    for key in ("accuracy", "accuracy_everyone"):
-        a, b = _number(federated.facts[key]), _number(alone.facts[key])
-        error = 2 * math.sqrt((a * (1 - a) + b * (1 - b)) / examples)
-        found.append(_Comparison(a - b, abs(a - b) > error))
-    return found[0], found[1]
+def compare(a: Float64, b: Float64, examples: Int64) -> npt.NDArray[np.int64]:
+    """1 where a is clearly larger than b, -1 where clearly smaller, 0 where too close to call.
+
+    Args:
+        a, b: accuracies in [0, 1], any shape; NaN compares as too close.
+        examples: how many each is measured on.
+    """
+    n = np.maximum(examples, 1)
+    low, high = (b * n + 1) / (n + 2), (a * n + 1) / (n + 2)
+    error = 2 * np.sqrt((high * (1 - high) + low * (1 - low)) / (n + 2))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(np.abs(high - low) > error, np.sign(high - low), 0), np.int64)
 
 
-def _headline(home: _Comparison, abroad: _Comparison) -> str:
-    at_home = "no clear difference" if not home.clear else "gain" if home.difference > 0 else "loss"
-    if at_home == "gain":
-        return (
-            "Federating pays: better at home and judged on everybody's examples."
-            if (abroad.difference > 0)
-            else "Federating pays at home, but not on everybody's examples."
-        )
-    if abroad.clear and abroad.difference > 0:
-        return (
-            "It depends: at home a client's own head is better, everywhere else the federated one."
-            if at_home == "loss"
-            else "No clear difference at home; everywhere else the federated head is far better."
-        )
-    return (
-        "Stay alone: the federated head is worse at home and no better elsewhere."
-        if at_home == "loss"
-        else "Not enough evidence that federating changes anything here."
-    )
-
-
-def _two_errors(a: Float64, b: Float64, examples: Int64) -> Float64:
-    """Two standard errors of a - b, but never less than one example's worth."""
-    examples = np.maximum(examples, 1)
-    error = 2 * np.sqrt((a * (1 - a) + b * (1 - b)) / examples)
-    return np.asarray(np.maximum(error, 1 / examples))
+def _against(federated: Judgement, alone: Judgement) -> dict[str, tuple[float, str]]:
+    """Federated minus alone, and "gain", "none" or "loss": at home and on everybody's tests."""
+    found = {}
+    for place, metric, count in (
+        ("home", "accuracy", "examples"),
+        ("everyone", "accuracy_everyone", "examples_everyone"),
+    ):
+        a, b = _number(federated.facts[metric]), _number(alone.facts[metric])
+        examples = np.asarray(federated.facts[count])
+        sign = int(compare(np.asarray(a), np.asarray(b), examples))
+        found[place] = (a - b, {1: "gain", 0: "none", -1: "loss"}[sign])
+    return found
 
 
 def _extremes(accuracy: Float64) -> tuple[int | None, int | None]:
@@ -141,6 +146,10 @@ def _number(value: object) -> float:
 def _percent(value: object) -> str:
     number = _number(value)
     return "undefined" if math.isnan(number) else f"{100 * number:.1f} %"
+
+
+def _difference(found: tuple[float, str]) -> str:
+    return _points(found[0]) + (", within noise" if found[1] == "none" else "")
 
 
 def _points(difference: float) -> str:

@@ -51,7 +51,7 @@ def write_commit(folder: Path, commit: Commit) -> None:
     manifest = {
         "format": FORMAT,
         "round": commit.round,
-        "blake2b": hashlib.blake2b(content).hexdigest(),
+        "blake2b": _hash(content, commit.round, commit.facts),
         "facts": commit.facts,
     }
     write_atomic(folder / f"{stem}.json", json.dumps(manifest).encode())
@@ -70,9 +70,16 @@ def read_commit(folder: Path) -> tuple[Commit | None, list[str]]:
     for manifest_path in sorted(folder.glob("round-*.json"), reverse=True):
         try:
             return _read(manifest_path), notes
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             notes.append(f"commit {manifest_path.stem} is damaged ({error}): going back one")
     return None, notes
+
+
+def _hash(content: bytes, round: int, facts: Mapping[str, Any]) -> str:
+    """BLAKE2b over tensors, round and facts: nothing of a commit can change unnoticed."""
+    digest = hashlib.blake2b(content)
+    digest.update(json.dumps([round, facts], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _read(manifest_path: Path) -> Commit:
@@ -80,6 +87,6 @@ def _read(manifest_path: Path) -> Commit:
     if manifest["format"] != FORMAT:
         raise ValueError(f"format {manifest['format']}, this fedtl reads {FORMAT}")
     content = manifest_path.with_suffix(".safetensors").read_bytes()
-    if hashlib.blake2b(content).hexdigest() != manifest["blake2b"]:
+    if _hash(content, manifest["round"], manifest["facts"]) != manifest["blake2b"]:
         raise ValueError("its hash does not match")
     return Commit(manifest["round"], load(content), manifest["facts"])

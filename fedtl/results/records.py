@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedtl.errors import writing
+from fedtl.errors import InputError, writing
 from fedtl.results.files import sync_folder
 
 _ROUND = (("round", pa.int32()),)
@@ -67,11 +67,25 @@ class RecordStream:
         self.schema = schema
 
     def start(self, committed_bytes: int = 0) -> None:
-        """Begin, or cut back to what was committed. ``committed_bytes`` 0 begins anew."""
-        with writing(self.path.name, self.path.parent):
-            if committed_bytes and self.path.stat().st_size >= committed_bytes:
+        """Begin, or cut back to what was committed. ``committed_bytes`` 0 begins anew.
+
+        Raises:
+            InputError: less is there than was committed.
+        """
+        if committed_bytes:
+            size = self.path.stat().st_size if self.path.is_file() else 0
+            if size < committed_bytes:
+                raise InputError(
+                    "the records of committed rounds are damaged",
+                    where=self.path,
+                    got=f"{size} bytes",
+                    allowed=f"at least {committed_bytes}",
+                    do="Run the scenario anew",
+                )
+            with writing(self.path.name, self.path.parent):
                 os.truncate(self.path, committed_bytes)
-                return
+            return
+        with writing(self.path.name, self.path.parent):
             self.path.write_bytes(self.schema.serialize().to_pybytes())
             sync_folder(self.path.parent)
 

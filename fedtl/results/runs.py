@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from safetensors.numpy import save
 
 from fedtl.errors import EnvironmentFault, InputError, writing
@@ -20,6 +22,20 @@ from fedtl.results.records import CLIENTS, ROUNDS, RecordStream
 
 SUMMARY = "summary.json"
 SCENARIO = "scenario.toml"
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise InputError where a run folder cannot be made because something is there."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    unfinished = (path / SCENARIO).is_file() and not (path / SUMMARY).is_file()
+    raise InputError(
+        "the run folder exists already",
+        where=path,
+        do=f"Type 'fedtl resume {path}' to go on with it, or choose another --out"
+        if unfinished
+        else "Choose another --out",
+    )
 
 
 class RunFolder:
@@ -32,27 +48,25 @@ class RunFolder:
         self.path = path
         self.rounds = RecordStream(path / "records" / "rounds.arrows", ROUNDS)
         self.clients = RecordStream(path / "records" / "clients.arrows", CLIENTS)
-        self._lock = FileLock(path / ".lock")
+        self._lock: int | None = None
+        self._made: list[Path] = []
 
     @classmethod
     def create(cls, path: Path, scenario_toml: str) -> RunFolder:
         """Make a new run folder. Raises InputError where one exists, EnvironmentFault where the
         place cannot be written."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            unfinished = (path / SCENARIO).is_file() and not (path / SUMMARY).is_file()
-            raise InputError(
-                "the run folder exists already",
-                where=path,
-                do=f"Type 'fedtl resume {path}' to go on with it, or choose another --out"
-                if unfinished
-                else "Choose another --out",
-            )
-        with writing("the run folder", path):
-            (path / "records").mkdir(parents=True)
-            (path / "checkpoints").mkdir()
+        refuse_taken(path)
         folder = cls(path)
-        folder._acquire()
-        write_atomic(path / SCENARIO, scenario_toml.encode())
+        with writing("the run folder", path):
+            folder._made = [p for p in (path, *path.parents) if not p.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            folder._acquire()
+            write_atomic(path / SCENARIO, scenario_toml.encode())
+            folder._make_rooms()
+        except BaseException:
+            folder.discard()
+            raise
         return folder
 
     @classmethod
@@ -62,26 +76,45 @@ class RunFolder:
             raise InputError(
                 "not a run folder", where=path, allowed="a folder that 'fedtl run' made"
             )
-        with writing("the run folder", path):
-            (path / "records").mkdir(exist_ok=True)
-            (path / "checkpoints").mkdir(exist_ok=True)
         folder = cls(path)
         folder._acquire()
+        folder._make_rooms()
         return folder
 
-    def _acquire(self) -> None:
+    def _make_rooms(self) -> None:
         with writing("the run folder", self.path):
+            (self.path / "records").mkdir(exist_ok=True)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+
+    def _acquire(self) -> None:
+        """Lock the folder itself: the system lets go of it when the process dies."""
+        with writing("the run folder", self.path):
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
-                self._lock.acquire(timeout=0)
-            except Timeout:  # an OSError too, so it must be caught in here
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # an OSError too, so it must be caught in here
+                self.release()
                 raise EnvironmentFault(
                     "another process works on this run", where=self.path
                 ) from None
 
     def release(self) -> None:
         """Let others open the run."""
-        self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove a run in which nothing was committed, and the folders made for it, no others."""
+        self.release()
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that somebody else uses by now stays
+            for made in self._made:
+                made.rmdir()
 
     def begin(self) -> tuple[Commit | None, list[str]]:
         """Cut the records back to the newest whole commit and return it, with notes."""

@@ -98,4 +98,10 @@ def _backbone(scenario: Scenario) -> Iterator[Problem]:
         yield Problem("backbone.sha256", 'weights "none" are random and have no file to check')
 
 
-RULES = (_source, _partition, _backbone)
+def _references(scenario: Scenario) -> Iterator[Problem]:
+    names = scenario.evaluation.references
+    if len(set(names)) < len(names):
+        yield Problem("evaluation.references", "names one twice", repr(names))
+
+
+RULES = (_source, _partition, _backbone, _references)

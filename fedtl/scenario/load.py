@@ -21,8 +21,8 @@ from fedtl.scenario.schema import Scenario
 MAX_SCENARIO_BYTES = 1_000_000
 """A scenario is a page of text; a larger file is a mistake (a data file, say)."""
 
-PATH_KEYS = (("data", "path", ()), ("backbone", "weights", ("default", "none")))
-"""Keys that may hold a path, with the words that are not one."""
+PATH_KEYS = (("data", "path", r"$."), ("backbone", "weights", r"default|none|[A-Z][A-Z0-9_]*"))
+"""Keys that may hold a path, with a pattern of the words that are none."""
 
 
 def scenario_folders() -> list[Path]:
@@ -42,16 +42,18 @@ def list_scenarios() -> dict[str, Path]:
 
 def find_scenario(name: str) -> Path:
     """The file behind a scenario's name or path. Raises InputError naming the nearest one."""
-    path = Path(name)
-    if path.suffix == ".toml" or path.exists():
-        if path.is_dir():
-            raise InputError("a scenario is a .toml file, this is a folder", where=name)
+    path, known = Path(name), list_scenarios()
+    try:
         if path.is_file():
             return path
-        raise InputError("no such scenario file", where=name, do="'fedtl list' shows scenarios")
-    known = list_scenarios()
+    except (OSError, ValueError):  # too long for a path, or with a character that no path has
+        pass
     if name in known:
         return known[name]
+    if path.is_dir():
+        raise InputError("a scenario is a .toml file, this is a folder", where=name)
+    if path.suffix == ".toml":
+        raise InputError("no such scenario file", where=name, do="'fedtl list' shows scenarios")
     hint = nearest(name, known)
     raise InputError(
         "no scenario of this name",
@@ -79,7 +81,7 @@ def load_scenario(
     text = _read_text(path)
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"not valid TOML: {error}", where=path, do="Mend that line") from error
     _make_absolute(raw, path.resolve().parent)
     overrides = [*overrides, *([f'engine.kind="{engine}"'] if engine else [])]
@@ -101,6 +103,8 @@ def validate(raw: Mapping[str, Any], source: str, origin: Mapping[str, str]) -> 
     """
     problems: list[Problem] = []
     content = copy.deepcopy(dict(raw))
+    if isinstance(content.get("strategy"), dict):
+        content["strategy"].setdefault("name", schema.FedAvg().name)
     for _ in range(8):  # each pass takes out what is wrong; more layers than these do not exist
         try:
             scenario = Scenario.model_validate(content)
@@ -108,7 +112,7 @@ def validate(raw: Mapping[str, Any], source: str, origin: Mapping[str, str]) -> 
         except ValidationError as error:
             seen = {p.where for p in problems}
             for detail in error.errors():
-                problem = _explain(dict(detail), raw)
+                problem = _explain(dict(detail), content)
                 if problem.where not in seen:
                     problems.append(problem)
                 _remove(content, _key_path(detail["loc"]), detail["type"])
@@ -116,11 +120,17 @@ def validate(raw: Mapping[str, Any], source: str, origin: Mapping[str, str]) -> 
                 content.setdefault("name", "unnamed")
     else:
         raise ScenarioError(source, problems)
-    named = {p.where for p in problems}
-    problems += [p for p in find_conflicts(scenario) if p.where not in named]
+    broken = {p.where.partition(".")[0] for p in problems}  # conflicts of these would mislead
+    problems += [p for p in find_conflicts(scenario) if p.where.partition(".")[0] not in broken]
     if problems:
         raise ScenarioError(source, [_located(problem, origin) for problem in problems])
     return scenario
+
+
+def with_seed(scenario: Scenario, seed: int) -> Scenario:
+    """The same scenario with another seed, validated."""
+    content = {**scenario.model_dump(), "seed": seed}
+    return validate(content, scenario.name, {"seed": "--seeds"})
 
 
 def dump_scenario(scenario: Scenario) -> str:
@@ -139,7 +149,7 @@ def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_SCENARIO_BYTES:
             raise InputError("too large for a scenario", where=path, allowed="at most 1 MB")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("not a text file in UTF-8", where=path) from error
     except OSError as error:
@@ -149,7 +159,7 @@ def _read_text(path: Path) -> str:
 def _parse_override(text: str) -> tuple[list[str], Any]:
     key, equals, value = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    if not equals or not all(parts):
+    if not equals or not all(parts) or "\n" in text:
         raise InputError(
             "not a setting", where="--set", got=repr(text), allowed="key.path=value",
             do="e.g. --set training.learning_rate=0.1",
@@ -159,12 +169,17 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
     for table, entry, words in PATH_KEYS:
-        if parts == [table, entry] and isinstance(parsed, str) and parsed not in words:
-            parsed = str((Path.cwd() / Path(parsed).expanduser()).resolve())
+        if parts == [table, entry]:
+            parsed = _absolute(parsed, words, Path.cwd(), "--set")
     return parts, parsed
 
 
 def _assign(raw: dict[str, Any], key: Sequence[str], value: Any) -> None:
+    """Set one value. Another strategy keeps of the file's parameters only those it knows."""
+    old = raw.get("strategy")
+    if list(key) == ["strategy", "name"] and isinstance(old, dict) and value in strategy_names():
+        known = _strategy_models()[value].model_fields
+        raw["strategy"] = {name: given for name, given in old.items() if name in known}
     table = raw
     for part in key[:-1]:
         inner = table.setdefault(part, {})
@@ -178,9 +193,18 @@ def _make_absolute(raw: dict[str, Any], folder: Path) -> None:
     """Paths in a file are meant relative to that file."""
     for table, entry, words in PATH_KEYS:
         inner = raw.get(table)
-        value = inner.get(entry) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and isinstance(value, str) and value not in words:
-            inner[entry] = str((folder / Path(value).expanduser()).resolve())
+        if isinstance(inner, dict) and entry in inner:
+            inner[entry] = _absolute(inner[entry], words, folder, f"{table}.{entry}")
+
+
+def _absolute(value: Any, words: str, folder: Path, where: str) -> Any:
+    """A path made absolute; what is no path is left for the schema to judge."""
+    if not isinstance(value, str) or not value or re.fullmatch(words, value):
+        return value
+    try:
+        return str((folder / Path(value).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"not a path: {error}", where=where, got=repr(value[:80])) from error
 
 
 def _line_numbers(text: str, name: str) -> dict[str, str]:
@@ -197,7 +221,7 @@ def _line_numbers(text: str, name: str) -> dict[str, str]:
 
 
 def _located(problem: Problem, origin: Mapping[str, str]) -> Problem:
-    place = origin.get(problem.where)
+    place = origin.get(problem.where) or origin.get(problem.where.rpartition(".")[0])
     where = f"{place} {problem.where}" if place else problem.where
     return Problem(where, problem.what, problem.got, problem.allowed, problem.do)
 
@@ -240,8 +264,6 @@ def _explain(detail: dict[str, Any], raw: Mapping[str, Any]) -> Problem:
         names = strategy_names()
         given = raw.get("strategy")
         tag = given.get("name") if isinstance(given, dict) else given
-        if tag is None:
-            return Problem("strategy.name", "is required", None, ", ".join(names))
         hint = nearest(str(tag), names)
         return Problem(
             "strategy.name", "unknown strategy", repr(tag), ", ".join(names),

@@ -18,7 +18,10 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class Section(BaseModel):
@@ -33,7 +36,9 @@ class Data(Section):
     source: Literal["digits", "folder", "arrays", "torchvision"] = Field(
         "digits", description="digits is embedded; the others read from disk"
     )
-    path: str | None = Field(None, description="folder, .npz file, or torchvision's root folder")
+    path: FilePath | None = Field(
+        None, description="folder, .npz file, or torchvision's root folder"
+    )
     name: str | None = Field(None, description="torchvision data set, e.g. CIFAR10")
     subset: Literal["train", "test", "all"] = Field(
         "train", description="which official part of a torchvision data set is federated"
@@ -94,9 +99,11 @@ class Backbone(Section):
         description="efficientnet_lite0 (embedded), a torchvision model, or identity",
     )
     weights: str = Field(
-        "default", description="default, none (random, seeded), or a .safetensors/.pth path"
+        "default",
+        description="default, one of torchvision's names (IMAGENET1K_V2), none (random, seeded), "
+        "or a .safetensors/.pth path",
     )
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = Field(
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8,64}$")] | None = Field(
         None, description="the weights file must have this SHA-256 (or begin with it)"
     )
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = Field(
@@ -112,7 +119,7 @@ class Head(Section):
     """What is trained on the features."""
 
     kind: Literal["linear", "mlp"] = "linear"
-    hidden: Annotated[list[Count], Field(min_length=1, max_length=4)] = Field(
+    hidden: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
         default=[128], description="mlp: widths of the hidden layers"
     )
 

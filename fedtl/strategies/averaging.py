@@ -21,7 +21,7 @@ from fedtl.strategies.base import (
     moved,
     with_slots,
 )
-from fedtl.types import ClientUpdates, Float64, Head, LocalTraining
+from fedtl.types import ClientUpdates, Float64, Head, RoundPlan
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class FedAvg:
         """FedAvg remembers nothing but the head."""
         return ServerState(head)
 
-    def plan(self, state: ServerState, training: LocalTraining) -> LocalTraining:
+    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
         """Clients train as the scenario says."""
-        return training
+        return plan
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """w + eta_g * Delta."""
@@ -55,9 +55,9 @@ class FedProx(FedAvg):
 
     mu: float = 0.01
 
-    def plan(self, state: ServerState, training: LocalTraining) -> LocalTraining:
+    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
         """Adds the proximal term; mu = 0 is FedAvg bit for bit."""
-        return replace(training, proximal=self.mu)
+        return replace(plan, training=replace(plan.training, proximal=self.mu))
 
 
 @dataclass(frozen=True)

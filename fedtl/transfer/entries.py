@@ -58,16 +58,7 @@ class FeatureFile:
             InputError: a feature is beyond what the dtype can hold.
             EnvironmentFault: the disk is full.
         """
-        with np.errstate(over="ignore"):  # looked for in the next line
-            block = np.ascontiguousarray(features, dtype=self._dtype)
-        if self._dtype != np.float32 and not np.isfinite(block).all():
-            raise InputError(
-                f"a feature is too large for {self._dtype}",
-                where="backbone.feature_dtype",
-                got=f"{float(np.abs(features).max()):.3g}",
-                allowed=f"at most {float(np.finfo(self._dtype).max):.3g}",
-                do="Set backbone.feature_dtype = 'float32'",
-            )
+        block = stored_as(features, self._dtype)
         with self._lock, writing("features", self._path.parent):
             self._file.seek(self._start + first * self._row_bytes)
             self._file.write(block.data)
@@ -93,6 +84,22 @@ class FeatureFile:
         self._file.close()
 
 
+def stored_as(features: Float32, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Features in the dtype they are kept in; raises InputError where one does not fit."""
+    kept = np.dtype(dtype)
+    with np.errstate(over="ignore"):  # looked for in the next line
+        block = np.ascontiguousarray(features, dtype=kept)
+    if kept != np.float32 and not np.isfinite(block).all():
+        raise InputError(
+            f"a feature is too large for {kept}",
+            where="backbone.feature_dtype",
+            got=f"{float(np.abs(features).max()):.3g}",
+            allowed=f"at most {float(np.finfo(kept).max):.3g}",
+            do="Set backbone.feature_dtype = 'float32'",
+        )
+    return block
+
+
 def seal(folder: Path, manifest: dict[str, Any], threads: int) -> None:
     """Make the finished files of an entry last, then write its manifest with their hashes."""
     with writing("the feature store", folder):
@@ -101,7 +108,9 @@ def seal(folder: Path, manifest: dict[str, Any], threads: int) -> None:
                 os.fsync(file.fileno())
         hashes = {name: hash_array_file(folder / name, threads) for name in ARRAYS}
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**manifest, "blake2b": hashes}, file, indent=1, sort_keys=True)
+            sealed = {**manifest, "blake2b": hashes}
+            sealed["manifest_blake2b"] = _hash_manifest(sealed)
+            json.dump(sealed, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder)
@@ -132,11 +141,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an entry; raises DamagedEntry."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if set(manifest["blake2b"]) == set(ARRAYS):
+        seal = manifest.pop("manifest_blake2b")
+        if seal == _hash_manifest(manifest) and set(manifest["blake2b"]) == set(ARRAYS):
             return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedEntry(f"{MANIFEST} cannot be read") from error
-    raise DamagedEntry(f"{MANIFEST} lists other files")
+    raise DamagedEntry(f"{MANIFEST} is not what was written")
+
+
+def _hash_manifest(manifest: dict[str, Any]) -> str:
+    content = json.dumps(manifest, sort_keys=True).encode()
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
 
 
 def hash_array_file(path: Path, threads: int) -> str:

@@ -30,7 +30,7 @@ from fedtl.transfer.backbones import Backbone
 from fedtl.transfer.entries import Opened
 from fedtl.types import Int64
 
-FORMAT = 1
+FORMAT = 2
 _SPARE_BYTES = 16 << 20  # left free on the disk beside what the features take
 _NAMED = 5  # bad files that a message names
 
@@ -156,7 +156,7 @@ class FeatureStore:
                 notes.append(f"{backbone.name} is run by torch, not by {resolved}: {refusal}")
                 resolved = "torch"
 
-    def has(
+    def width(
         self,
         backbone: Backbone,
         images: Images,
@@ -165,11 +165,14 @@ class FeatureStore:
         dtype: str = "float32",
         way: str = "auto",
         device: str = "auto",
-    ) -> bool:
-        """Whether ``features`` would find an entry; it is not verified here."""
+    ) -> int | None:
+        """The width of stored features, or None where there are none; nothing is verified here."""
         order = _Order(backbone, images, fingerprint, dtype, "stop", 1, None)
         key = order.key(extraction.resolve_way(way, device, backbone, self._exports))
-        return (self._folder / key / entries.MANIFEST).is_file()
+        try:
+            return int(entries.read_manifest(self._folder / key)["dim"])
+        except entries.DamagedEntry:
+            return None
 
     def entries(self) -> tuple[StoreEntry, ...]:
         """What the store holds, least recently used first; damaged entries are left out."""

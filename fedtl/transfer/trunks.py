@@ -147,6 +147,13 @@ def last_layer(model: nn.Module) -> str:
     raise InputError("this model has no layer to cut at", where="backbone.name")
 
 
+_PARALLEL = "module."
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def load_strictly(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -174,10 +181,13 @@ def load_strictly(
         for key, tensor in state.items()
         if not key.startswith((head, *_AUXILIARY))
     )
+    if all(key.startswith(_PARALLEL) for key in body):  # saved from a DataParallel wrapper
+        body = type(wanted)((key.removeprefix(_PARALLEL), body[key]) for key in body)
     shapes = [
-        f"{key} {tuple(body[key].shape)} instead of {tuple(wanted[key].shape)}"
+        f"{key} {_form(body[key])} instead of {_form(wanted[key])}"
         for key in body.keys() & wanted.keys()
         if body[key].shape != wanted[key].shape
+        or body[key].is_floating_point() != wanted[key].is_floating_point()
     ]
     missing: list[str] = []
     unexpected: list[str] = []

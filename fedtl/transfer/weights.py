@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import pickle
+import pickletools
 import re
 import tempfile
 import urllib.error
@@ -29,6 +30,17 @@ MAX_BYTES = 4 << 30  # the largest torchvision classification file is 2.6 GB
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 30.0
 _STATED_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
+
+
+_LEGACY_PICKLES = 5
+_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"})
+_SAFE_NAME = re.compile(
+    r"collections OrderedDict"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
+    r"|torch \w+Storage|torch\.storage (UntypedStorage|TypedStorage)|torch (Size|device)"
+    r"|torch\.nn\.parameter Parameter"
+)
+"""What a state dict calls when it is unpickled, and nothing else."""
 
 
 def stated_hash(name: str) -> str | None:
@@ -135,16 +147,13 @@ def _load_torch(path: Path, content: bytes) -> dict[str, Tensor]:
         _check_archive(path, content)
     elif not content.startswith(b"\x80"):
         raise _not_weights(path, "it begins like no torch file")
+    _check_pickles(path, content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on pickle protocols: judged below
             loaded = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise SecurityRefusal(
-            "the weights file holds more than tensors; nothing of it was executed",
-            where=path,
-            do="Use a file saved from model.state_dict(), best as .safetensors",
-        ) from error
+        raise _more_than_tensors(path) from error
     except Exception as error:  # torch raises many kinds for damaged archives
         raise _not_weights(path, f"{type(error).__name__} in torch.load") from error
     for name in ("state_dict", "model"):  # the usual wrappings of training checkpoints
@@ -153,6 +162,37 @@ def _load_torch(path: Path, content: bytes) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not loaded:
         raise _not_weights(path, f"it holds a {type(loaded).__name__}, not tensors by name")
     return loaded
+
+
+def _more_than_tensors(path: Path) -> SecurityRefusal:
+    return SecurityRefusal(
+        "the weights file holds more than tensors; nothing of it was executed",
+        where=path,
+        do="Use a file saved from model.state_dict(), best as .safetensors",
+    )
+
+
+def _check_pickles(path: Path, content: bytes) -> None:
+    """Read the names a file calls before torch does: its own list allows ``bytearray(n)``, say.
+
+    A small file could have any amount of memory allocated that way.
+    """
+    if content.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            streams = [archive.read(n) for n in archive.namelist() if n.endswith("data.pkl")]
+    else:  # before torch 1.6: magic, protocol, system, state and keys, one pickle after the other
+        streams = [content]
+    for stream in streams:
+        file = io.BytesIO(stream)
+        for _ in range(_LEGACY_PICKLES if stream is content else 1):
+            try:
+                operations = list(pickletools.genops(file))
+            except (ValueError, EOFError, UnicodeDecodeError) as error:
+                raise _not_weights(path, "its list of tensors is damaged") from error
+            for operation, argument, _place in operations:
+                named = operation.name == "GLOBAL" and _SAFE_NAME.fullmatch(str(argument))
+                if operation.name in _CALLS and not named:
+                    raise _more_than_tensors(path)
 
 
 def _check_archive(path: Path, content: bytes) -> None:

@@ -69,3 +69,14 @@ def test_state_can_be_saved_in_mid_run(strategy, updates) -> None:
     restored = ServerState(load(save(dict(state.head))), slots)
     a, b = strategy.step(state, cohort(updates, 2)), strategy.step(restored, cohort(updates, 2))
     assert all(a.head[n].tobytes() == b.head[n].tobytes() for n in HEAD)
+
+
+def test_all_share_fedavgs_fixed_points(strategy, updates) -> None:
+    # Clients that move and cancel: the mean update is zero, so nobody's server may move either.
+    step = np.random.default_rng(3).normal(size=(2, 3)).astype(np.float32)
+    there = {"weight": np.stack([HEAD["weight"] + step, HEAD["weight"] - step])}
+    balanced = updates({**there, "bias": np.zeros((2, 2))}, examples=[5, 5])
+    state = strategy.init(HEAD)
+    for _ in range(3):
+        state = strategy.step(state, balanced)
+    np.testing.assert_allclose(state.head["weight"], HEAD["weight"], atol=1e-6)

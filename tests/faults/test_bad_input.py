@@ -267,3 +267,73 @@ def test_a_full_disk_under_the_feature_store(fedtl, pictures: Path, tiny_disk: P
     done = fedtl("run", "mine.toml", "--out", "out", env={"FEDTL_CACHE": str(tiny_disk)})
     assert_refused(done, 3, where=pictures)
     assert list(tiny_disk.rglob("*.tmp*")) == []
+
+
+def test_nobody_reading_does_not_stop_a_run(small: Path) -> None:
+    import sys
+
+    command = f"{sys.executable} -m fedtl.cli run {small} --out run | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=small.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (small.parent / "run" / "summary.json").is_file()
+
+
+def test_a_folder_of_the_users_own_is_not_removed(fedtl, pictures: Path) -> None:
+    (pictures / "pictures" / "cat" / "t.jpg").write_text("hello")
+    (pictures / "mine").mkdir()
+    assert fedtl("run", "mine.toml", "--out", "mine").returncode == 2
+    assert list((pictures / "mine").iterdir()) == []
+    assert fedtl("run", "mine.toml", "--out", "a/b/c").returncode == 2
+    assert not (pictures / "a").exists()
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(fedtl, small: Path) -> None:
+    content = dict(np.load(small.parent / "small.npz"))
+    names = np.array(["\x1b[31mred", "\x1b]0;owned\x07", "plain"])[np.arange(200) % 3]
+    np.savez(small.parent / "small.npz", **content, client=names)
+    small.write_text(small.read_text().replace("num = 5\n", 'partition = "natural"\n'))
+    for command in (["check", str(small)], ["run", str(small), "--out", "run"]):
+        done = fedtl(*command)
+        assert done.returncode == 0, done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+    assert "\x1b" not in fedtl("run", "\x1b[2J").stderr
+
+
+def test_a_pickle_that_asks_for_memory_is_refused(fedtl, pictures: Path) -> None:
+    import torch
+
+    class Greedy:
+        def __reduce__(self):
+            return (bytearray, (3 * 2**30,))
+
+    torch.save({"features.0.weight": torch.zeros(1), "b": Greedy()}, pictures / "greedy.pth")
+    done = fedtl("run", "mine.toml", "--set", "backbone.weights=greedy.pth", "--out", "out")
+    assert_refused(done, 5, "greedy.pth", where=pictures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--out", "x" * 300], "too long"),
+        (["--set", "data.path=" + "x" * 4000], ""),
+        (["--set", "training.batch_size=1" + "0" * 27], "training.batch_size"),
+        (["--seeds", "2", "--out", "."], "exists already"),
+        (["--set", "seed=9223372036854775807", "--seeds", "2"], "seed"),
+    ],
+)
+def test_absurd_values(fedtl, small: Path, arguments: list[str], says: str) -> None:
+    done = fedtl("run", str(small), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "bug in fedtl" not in done.stderr
+
+
+def test_a_split_without_a_test_row_is_refused(fedtl, small: Path) -> None:
+    content = dict(np.load(small.parent / "small.npz"))
+    owner = np.arange(200) % 2  # one client only trains, the other is only judged
+    np.savez(small.parent / "small.npz", **content, split=owner, client=owner)
+    small.write_text(small.read_text().replace("num = 5\n", 'partition = "natural"\n'))
+    done = fedtl("run", str(small), "--out", "out")
+    assert_refused(done, 2, "judged", where=small.parent)

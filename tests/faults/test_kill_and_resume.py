@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 PLACES = ["after_train", "after_aggregate", "before_commit", "before_manifest", "after_commit"]
+ENDING = ["before_local_only", "before_centralised", "before_summary"]
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def assert_resumes(fedtl, run: Path, unbroken: dict) -> None:
     done = fedtl("resume", str(run), "--json")
     assert done.returncode == 0, done.stderr
     resumed = json.loads(done.stdout)
-    for key in ("head_sha256", "final", "bytes_up", "bytes_down", "rounds_completed"):
+    for key in ("head_sha256", "final", "references", "bytes_up", "rounds_completed"):
         assert resumed[key] == unbroken[key]
     whole = pq.read_table(run.parent / "whole" / "clients.parquet")
     assert pq.read_table(run / "clients.parquet") == whole
@@ -42,6 +43,21 @@ def test_kill_and_resume(
     killed = fedtl_process(
         "run", str(small), "--out", str(run), env={"FEDTL_FAIL": f"{place}:kill:3"}
     )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (run / "summary.json").exists()
+    assert_resumes(fedtl, run, unbroken)
+
+
+@pytest.mark.parametrize("place", ENDING)
+def test_kill_after_the_last_round(
+    fedtl, fedtl_process, small: Path, tmp_path: Path, place: str
+) -> None:
+    settings = ["--set", "evaluation.references=['local_only', 'centralised']"]
+    done = fedtl("run", str(small), *settings, "--out", str(tmp_path / "whole"), "--json")
+    unbroken = json.loads(done.stdout)
+    run = tmp_path / "broken"
+    failing = {"FEDTL_FAIL": f"{place}:kill"}
+    killed = fedtl_process("run", str(small), *settings, "--out", str(run), env=failing)
     assert killed.returncode == -signal.SIGKILL
     assert not (run / "summary.json").exists()
     assert_resumes(fedtl, run, unbroken)

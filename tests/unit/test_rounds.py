@@ -261,3 +261,83 @@ def test_no_number_is_lost_in_json(population: Population, tmp_path: Path) -> No
     facts = json.loads(manifests[-1].read_text())["facts"]
     assert facts["round"] == 4
     assert facts["client_rounds"] == 20
+
+
+def test_a_server_step_that_overflows_is_stopped_before_it_is_committed(
+    population: Population, tmp_path: Path
+) -> None:
+    strategy = {"name": "fedadam", "server_learning_rate": 1e300}
+    with pytest.raises(PolicyStop, match="server's step of round 1 is not finite"):
+        run(federation(population, strategy=strategy), tmp_path / "run")
+    manifests = sorted((tmp_path / "run" / "checkpoints").glob("*.json"))
+    assert [path.stem for path in manifests] == ["round-000000"]
+
+
+def test_records_that_lost_committed_rows_are_refused(
+    population: Population, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        run(federation(population), tmp_path / "run", Stop(2))
+    stream = tmp_path / "run" / "records" / "clients.arrows"
+    stream.write_bytes(stream.read_bytes()[:100])
+    with pytest.raises(InputError, match="records of committed rounds are damaged"):
+        run(federation(population), tmp_path / "run")
+
+
+def test_when_no_commit_is_whole_nothing_begins_anew_unasked(
+    population: Population, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        run(federation(population), tmp_path / "run", Stop(2))
+    for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="no commit of this run is whole"):
+        run(federation(population), tmp_path / "run")
+    _, progress = run(federation(population), tmp_path / "run", allow_changes=True)
+    assert progress.round == 4
+
+
+def test_a_damaged_commit_is_told(population: Population, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(federation(population), tmp_path / "run", Stop(2))
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.json"))[-1]
+    newest.write_text(newest.read_text().replace('"bytes_up": ', '"bytes_up": 1'))
+    told: list[str] = []
+    run(federation(population), tmp_path / "run", tell=told.append)
+    assert len(told) == 1
+    assert "round-000002 is damaged" in told[0]
+
+
+def test_the_state_of_another_strategy_cannot_be_gone_on_from(
+    population: Population, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        run(federation(population), tmp_path / "run", Stop(1))
+    other = federation(population, strategy={"name": "fedadam"})
+    with pytest.raises(InputError, match="another head or strategy"):
+        run(other, tmp_path / "run", allow_changes=True)
+
+
+def test_one_client_federated_is_plain_sgd_on_its_data(
+    population: Population, tmp_path: Path
+) -> None:
+    from fedtl import seeding
+    from fedtl.clients.training import train_clients
+    from fedtl.types import LocalTraining, RoundPlan, Rows
+
+    rows, tests = population.train.index, population.test.index
+    ends = [np.array([0, len(index)], np.int64) for index in (rows, tests)]
+    alone = replace(
+        population,
+        train=Rows(rows, ends[0]),
+        test=Rows(tests, ends[1]),
+        names=("a",),
+        domains=("",),
+    )
+    state, _ = run(federation(alone), tmp_path / "run")
+    heads = None
+    for round in range(1, 5):
+        keys = seeding.client_keys(0, "batches", round, np.array([0]))
+        plan = RoundPlan(round, np.array([0]), keys, LocalTraining(2, 8, 0.05))
+        heads = train_clients(alone, federation(alone).head, plan, initial=heads).tensors
+    assert all(state.head[name].tobytes() == heads[name][0].tobytes() for name in state.head)

@@ -2,6 +2,10 @@ import numpy as np
 
 from fedtl import seeding
 
+PERMUTATION = [7, 4, 3, 9, 1, 6, 8, 5, 2, 0]
+UNIFORM = [0.943998158615, 0.764067658952]
+QUICKSTART_SPLIT = "2602dbcef4f9fdb7"
+
 
 def test_a_key_depends_on_every_part_and_nothing_else() -> None:
     base = seeding.key(7, "batches", 3, 4)
@@ -32,3 +36,25 @@ def test_generators_repeat_and_differ() -> None:
 def test_streams_are_fixed_for_ever() -> None:
     # A change here changes every published result: it needs a new major version.
     assert seeding.key(7, "batches", 1, 2) == 16097588028831941773
+
+
+def test_numpys_draws_are_those_that_results_were_made_with() -> None:
+    # NumPy may change a method's stream in a new version: then every split changes with it.
+    stream = seeding.generator(7, "split")
+    assert stream.permutation(10).tolist() == PERMUTATION
+    assert stream.random(2).round(12).tolist() == UNIFORM
+
+
+def test_partitions_are_those_that_results_were_made_with() -> None:
+    import hashlib
+
+    from fedtl.data.clients import split_clients
+    from fedtl.data.partitions import assign_clients
+    from fedtl.data.sources import load_examples
+    from fedtl.scenario import schema
+
+    examples = load_examples(schema.Data())
+    clients = schema.Clients(num=10, partition="dirichlet", within_domains=True, alpha=0.3)
+    split = split_clients(assign_clients(examples, clients, 7), examples, clients, 0.2, 7)
+    rows = np.concatenate([split.train.index, split.train.offsets, split.test.index])
+    assert hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16] == QUICKSTART_SPLIT

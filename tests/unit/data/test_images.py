@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from fedtl.data.examples import BadImage
-from fedtl.data.images import EXTENSIONS, FileImages, decode_image, printable, to_rgb
+from fedtl.data.images import EXTENSIONS, FileImages, decode_image, to_rgb
+from fedtl.errors import printable
 
 LIMIT = 50_000_000
 GRADIENT = np.add.outer(np.arange(24) * 5, np.arange(32) * 3).astype(np.uint8)

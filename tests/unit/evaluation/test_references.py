@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,16 +48,17 @@ def accuracy(population: Population, head, index) -> float:
 def test_alone_means_trained_on_own_and_judged_twice(
     judge: Judge, population: Population, rows: list[dict]
 ) -> None:
-    found = judge_alone(judge, zeros(population), TRAINING, rounds=3, seed=1)
-    budget = LocalTraining(epochs=6, batch_size=8, learning_rate=0.1)
+    trainings = [replace(TRAINING, learning_rate=rate) for rate in (0.1, 0.05, 0.01)]
+    found = judge_alone(judge, zeros(population), trainings, seed=1)
     everyone = np.concatenate([population.test.of(k) for k in range(5)])
     at_home, abroad = [], []
     for k in range(5):
-        keys = seeding.client_keys(1, "local_only", 0, np.array([k]))
-        plan = RoundPlan(0, np.array([k]), keys, budget)
-        head = {
-            n: t[0] for n, t in train_clients(population, zeros(population), plan).tensors.items()
-        }
+        heads = None
+        for round, training in enumerate(trainings, 1):
+            keys = seeding.client_keys(1, "local_only", round, np.array([k]))
+            plan = RoundPlan(round, np.array([k]), keys, training)
+            heads = train_clients(population, zeros(population), plan, initial=heads).tensors
+        head = {name: tensor[0] for name, tensor in heads.items()}
         at_home.append(accuracy(population, head, population.test.of(k)))
         abroad.append(accuracy(population, head, everyone))
     np.testing.assert_allclose(found.own, at_home)
@@ -63,6 +66,8 @@ def test_alone_means_trained_on_own_and_judged_twice(
     counts = population.test.counts
     assert found.facts["accuracy"] == pytest.approx(np.average(at_home, weights=counts))
     assert found.facts["accuracy_everyone"] == pytest.approx(np.mean(abroad))
+    assert found.facts["epochs"] == 6
+    assert found.facts["examples_everyone"] == len(everyone)
     assert [(r["head"][0], r["split"][0]) for r in rows] == [
         ("local_only", "test"),
         ("local_only", "everyone"),
@@ -94,8 +99,6 @@ def test_the_pooled_optimum_is_scikit_learns(population: Population) -> None:
 
 
 def test_pooling_does_not_depend_on_who_holds_what(population: Population) -> None:
-    from dataclasses import replace
-
     index = population.train.index
     one = replace(population, train=Rows(index, np.array([0, len(index)], np.int64)))
     a = fit_pooled(population, zeros(population), np.sort(population.train.index), 0.1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedtl.evaluation.references import Judgement
-from fedtl.evaluation.verdicts import give_verdict
+from fedtl.evaluation.verdicts import HEADLINES, compare, give_verdict
 
 EXAMPLES = 200
 
@@ -14,6 +14,7 @@ def judgement(own: list[float], everyone: float) -> Judgement:
         "accuracy": float(np.nanmean(own)),
         "accuracy_everyone": everyone,
         "examples": EXAMPLES * len(own),
+        "examples_everyone": EXAMPLES * len(own),
     }
     size = len(own)
     return Judgement(
@@ -21,19 +22,41 @@ def judgement(own: list[float], everyone: float) -> Judgement:
     )
 
 
-@pytest.mark.parametrize(
-    ("federated", "alone", "says"),
-    [
-        (([0.9, 0.9], 0.9), ([0.7, 0.7], 0.5), "Federating pays"),
-        (([0.8, 0.8], 0.8), ([0.95, 0.95], 0.4), "It depends"),
-        (([0.8, 0.8], 0.8), ([0.95, 0.95], 0.9), "Stay alone"),
-        (([0.9, 0.9], 0.9), ([0.9, 0.905], 0.5), "No clear difference at home"),
-        (([0.9, 0.9], 0.9), ([0.9, 0.905], 0.9), "Not enough evidence"),
-    ],
-)
-def test_headlines(federated, alone, says: str) -> None:
-    verdict = give_verdict(judgement(*federated), judgement(*alone), None, ["a", "b"])
-    assert says in verdict.headline
+LEVEL = {"gain": (0.9, 0.7), "none": (0.9, 0.905), "loss": (0.7, 0.9)}
+
+
+@pytest.mark.parametrize("home", list(LEVEL))
+@pytest.mark.parametrize("everyone", list(LEVEL))
+def test_the_headline_follows_from_both_comparisons(home: str, everyone: str) -> None:
+    federated = judgement([LEVEL[home][0]] * 2, LEVEL[everyone][0])
+    alone = judgement([LEVEL[home][1]] * 2, LEVEL[everyone][1])
+    verdict = give_verdict(federated, alone, None, ["a", "b"])
+    assert verdict.headline == HEADLINES[home, everyone]
+    assert verdict.lines[0].endswith("within noise.") == (home == "none")
+    assert verdict.lines[1].endswith("within noise.") == (everyone == "none")
+
+
+def test_small_samples_are_not_clear() -> None:
+    # two right against two wrong happens to equal heads one time in eight
+    assert compare(np.array([1.0]), np.array([0.0]), np.array([2])).tolist() == [0]
+    assert compare(np.array([1.0]), np.array([0.0]), np.array([5])).tolist() == [1]
+
+
+def test_equal_heads_are_seldom_called_different() -> None:
+    rng = np.random.default_rng(0)
+    for examples in (5, 20, 100):
+        for p in (0.5, 0.9, 0.99):
+            a, b = rng.binomial(examples, p, (2, 20_000)) / examples
+            called = compare(a, b, np.full(20_000, examples)) != 0
+            assert called.mean() < 0.065  # nominal 4.55 %
+
+
+def test_everybodys_sample_has_its_own_size() -> None:
+    federated, alone = judgement([0.9] * 2, 0.80), judgement([0.9] * 2, 0.77)
+    assert "within noise" in give_verdict(federated, alone, None, ["a", "b"]).lines[1]
+    for one in (federated, alone):
+        one.facts["examples_everyone"] = 100_000
+    assert "within noise" not in give_verdict(federated, alone, None, ["a", "b"]).lines[1]
 
 
 def test_clients_are_counted_with_their_noise() -> None:

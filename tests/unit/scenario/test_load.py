@@ -89,6 +89,10 @@ source = "folder"
         ("training.momentum=1", "training.momentum"),
         ("head.hidden=[]", "head.hidden"),
         ("head.hidden=[0]", "head.hidden.0"),
+        ("head.hidden=[1000000000]", "head.hidden.0"),
+        ("training.local_epochs=1000000000000000000000000000000", "training.local_epochs"),
+        ("data.path=", "data.path"),
+        ("evaluation.references=['local_only', 'local_only']", "evaluation.references"),
         ("evaluation.references=['x']", "evaluation.references.0"),
         ("engine.kind=cloud", "engine.kind"),
         ("data=3", "data"),
@@ -125,7 +129,33 @@ def test_impossible_combinations_are_refused_with_the_reason(
 def test_a_strategys_parameters_are_its_own(tmp_path: Path) -> None:
     named = ["strategy.name=fedavg", "strategy.mu=1"]
     assert set(problems(tmp_path, 'name = "x"', *named)) == {"strategy.mu"}
-    assert set(problems(tmp_path, 'name = "x"', "strategy.mu=1")) == {"strategy.name"}
+    assert set(problems(tmp_path, 'name = "x"', "strategy.mu=1")) == {"strategy.mu"}
+
+
+def test_another_strategy_keeps_only_what_it_knows() -> None:
+    changed = load_scenario("label-skew", ["strategy.name=fedavg"])
+    assert changed.strategy == load_scenario("quickstart").strategy
+    kept = load_scenario("label-skew", ["strategy.weighting=uniform", "strategy.name=fedadam"])
+    assert (kept.strategy.name, kept.strategy.weighting) == ("fedadam", "uniform")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_a_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_scenario("quickstart").name == "quickstart"
+
+
+@pytest.mark.parametrize("value", ['"a\\u0000b"', "~nosuchuser/x"])
+def test_what_cannot_be_a_path_is_refused(value: str) -> None:
+    with pytest.raises(InputError, match="not a path"):
+        load_scenario("quickstart", [f"data.path={value}"])
+
+
+def test_conflicts_of_broken_tables_are_not_told(tmp_path: Path) -> None:
+    found = problems(tmp_path, 'name = "x"', "data.source=foldr", "data.path=p")
+    assert set(found) == {"data.source"}
 
 
 def test_set_takes_toml_values_and_bare_words() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from fedtl.strategies import STRATEGIES, ServerState
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from fedtl.types import LocalTraining
+from fedtl.types import LocalTraining, RoundPlan
 
 HEAD = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(2, np.float32)}
 
@@ -45,9 +45,10 @@ def test_one_client_is_taken_over_bit_for_bit(updates) -> None:
 
 
 def test_fedprox_differs_only_in_what_clients_do(three) -> None:
-    training = LocalTraining(1, 2, 0.1)
-    assert FedProx(mu=0.3).plan(ServerState(HEAD), training).proximal == 0.3
-    assert FedProx(mu=0.0).plan(ServerState(HEAD), training) == training
+    plan = RoundPlan(1, np.arange(3), np.zeros(3, np.uint64), LocalTraining(1, 2, 0.1))
+    assert FedProx(mu=0.3).plan(ServerState(HEAD), plan).training.proximal == 0.3
+    assert FedProx(mu=0.0).plan(ServerState(HEAD), plan).training == plan.training
+    assert FedAvg().plan(ServerState(HEAD), plan) is plan
     a, b = FedProx(mu=0.3), FedAvg()
     one, other = a.step(a.init(HEAD), three), b.step(b.init(HEAD), three)
     assert all(one.head[n].tobytes() == other.head[n].tobytes() for n in HEAD)

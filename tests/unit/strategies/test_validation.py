@@ -87,7 +87,14 @@ def test_a_client_counts_once(one) -> None:
 def test_a_stranger_is_refused(one) -> None:
     accepted, _, failures = accept([one(1), one(4), one(3), one(5)])
     assert accepted.clients.tolist() == [1, 3, 5]
-    assert "not in this round" in failures[4]
+    assert failures == {}
+
+
+def test_nobody_is_both_accepted_and_missing(one) -> None:
+    confused = replace(one(1), failures=(ClientFailure(99, "?"), ClientFailure(3, "lost")))
+    accepted, _, failures = accept([confused, one(3)])
+    assert accepted.clients.tolist() == [1, 3]
+    assert failures == {5: "no answer"}
 
 
 def test_nobody_left_is_an_empty_cohort_not_a_crash() -> None:

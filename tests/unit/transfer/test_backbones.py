@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_listed() -> None:
     for wrong, told in (
         ({"0.weight": torch.ones(4, 3)}, "1 missing: 0.bias"),
         ({**good, "2.scale": torch.ones(1)}, "1 unexpected: 2.scale"),
-        ({**good, "0.bias": torch.ones(5)}, r"0.bias \(5,\) instead of \(4,\)"),
+        ({**good, "0.bias": torch.ones(5)}, r"0.bias float32 \(5,\) instead of float32 \(4,\)"),
     ):
         with pytest.raises(InputError, match=told):
             load_strictly(model, wrong, "1.", "toy", ("toy",), "file")
