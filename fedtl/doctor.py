@@ -113,9 +113,13 @@ def _assets() -> Finding:
 def _kernel() -> Finding:
     import numpy as np
 
-    from fedtl.clients.batches import batch_order
+    try:
+        from fedtl.clients.batches import batch_order
 
-    order = batch_order(1, 5, 0)
+        order = batch_order(1, 5, 0)
+    except RuntimeError as error:  # Numba found no folder to keep compiled code in
+        fix = "Set NUMBA_CACHE_DIR to a folder you may write"
+        return Finding("compiled kernel", False, str(error).splitlines()[0], fix)
     good = bool((np.sort(order) == np.arange(5)).all())
     return Finding("compiled kernel", good, "compiles and runs", "Reinstall numba")
 

@@ -79,7 +79,8 @@ def new_run_path(scenario: Scenario) -> Path:
 def find_run(name: str) -> Path:
     """A run folder by path, by its name under ``runs/``, or ``last``."""
     if name == "last":
-        found = sorted(Path("runs").glob(f"*/{SCENARIO}"), key=lambda p: p.stat().st_mtime)
+        runs = [p for depth in ("*", "*/*") for p in Path("runs").glob(f"{depth}/{SCENARIO}")]
+        found = sorted(runs, key=lambda p: p.stat().st_mtime)
         if not found:
             raise InputError("there is no run yet", where="runs/", do="Type 'fedtl run quickstart'")
         return found[-1].parent

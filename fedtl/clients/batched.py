@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.clients.blocks import run_blocks
+from fedtl.clients.blocks import label_error, run_blocks
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.types import (
     ClientUpdates,
@@ -198,7 +198,6 @@ def _train_group(
     import torch
 
     from fedtl.clients.batches import batch_order
-    from fedtl.clients.training import label_error
 
     lanes, own = len(group.layers[0][0]), plan.training
     num_classes = int((~group.absent).sum())

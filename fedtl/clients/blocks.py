@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl.errors import InputError
-from fedtl.types import Float32, Int32, Int64
+from fedtl.types import Float32, Int32, Int64, Population
 
 # A kernel call cannot be interrupted, and rows that must be converted are copied per call: at most
 # this many clients a call keeps Ctrl-C and memory in hand; a call costs some 20 microseconds.
@@ -124,3 +124,12 @@ def run_blocks(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def label_error(population: Population, client: int, num_classes: int) -> InputError:
+    """The error for a client whose labels the head has no output for."""
+    return InputError(
+        "labels outside the head's classes",
+        where=f"client {client} ({population.names[client]})",
+        allowed=f"0 to {num_classes - 1}",
+    )

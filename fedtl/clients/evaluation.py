@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.clients.blocks import block_rows, frozen, run_blocks
-from fedtl.clients.training import LINEAR, check_clients, check_heads, label_error
+from fedtl.clients.blocks import block_rows, frozen, label_error, run_blocks
+from fedtl.clients.training import LINEAR, check_clients, check_heads
 from fedtl.errors import InputError
 from fedtl.types import ClientMetrics, Float32, Head, Int32, Int64, Population, Rows
 

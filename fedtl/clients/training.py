@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedtl.clients.blocks import block_rows, frozen, readable, run_blocks
+from fedtl.clients.blocks import block_rows, frozen, label_error, readable, run_blocks
 from fedtl.errors import InputError
 from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population, RoundPlan
 
@@ -99,15 +99,6 @@ def _train_linear(
         tensors={"weight": out_weights, "bias": out_biases},
         num_examples=population.train.counts[clients],
         loss=loss,
-    )
-
-
-def label_error(population: Population, client: int, num_classes: int) -> InputError:
-    """The error for a client whose labels the head has no output for."""
-    return InputError(
-        "labels outside the head's classes",
-        where=f"client {client} ({population.names[client]})",
-        allowed=f"0 to {num_classes - 1}",
     )
 
 
