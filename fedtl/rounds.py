@@ -18,10 +18,11 @@ import numpy as np
 from fedtl import seeding
 from fedtl.engines.base import Engine
 from fedtl.errors import InputError, PolicyStop
-from fedtl.evaluation.metrics import client_rows, defined, overall
+from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.results.commits import Commit
+from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy
@@ -249,7 +250,8 @@ def _record(
         clients = judged_clients(scenario, population.num_clients)
         metrics = federation.engine.evaluate(state.head, clients)
         names = population.columns(metrics.clients)
-        blocks.append(client_rows(plan.round, metrics, names, "federated", "test"))
+        each = per_client(metrics)
+        blocks.append(client_rows(plan.round, metrics.clients, each, names, "test"))
         facts = overall(metrics).as_facts()
         judged = {name: facts[name] for name in judged}
     row.update({name: [value] for name, value in judged.items()})
@@ -265,15 +267,13 @@ def _training_rows(
     clients = np.concatenate([updates.clients, np.array([f.client for f in failed], np.int64)])
     size = len(clients)
     return {
+        **dict.fromkeys(CLIENTS.names, [None] * size),
         "round": np.full(size, plan.round, np.int32),
         "client": clients,
         **population.columns(clients),
-        "head": ["federated"] * size,
         "split": ["train"] * size,
         "examples": population.train.counts[clients],
         "loss": [*map(defined, updates.loss.tolist()), *absent],
-        "accuracy": [None] * size,
-        "balanced_accuracy": [None] * size,
         "update_norm": [*norms.tolist(), *absent],
         "status": ["ok"] * len(norms) + [f"refused: {f.reason}" for f in failed],
     }

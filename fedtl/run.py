@@ -22,9 +22,11 @@ from fedtl.build import (
     resolve_device,
 )
 from fedtl.errors import FedtlError, InputError, Interrupted
+from fedtl.evaluation.metrics import client_rows
 from fedtl.evaluation.references import (
     Judge,
     Judgement,
+    beside,
     everyone_rows,
     judge_alone,
     judge_pooled,
@@ -187,8 +189,6 @@ def _conclude(
 ) -> dict[str, Any]:
     """Judge the final head beside its references and write everything down."""
     federation = built.federation
-    before = progress.clients_bytes
-    folder.clients.start(before)  # rows of references that an earlier attempt left are cut off
     judged = judged_clients(federation.scenario, federation.population.num_clients)
     began = time.perf_counter()
     judgements = _judgements(federation, folder, observer, interrupts, head, judged)
@@ -201,7 +201,11 @@ def _conclude(
         judgements.get("centralised"),
         [federation.population.names[i] for i in compared.clients.tolist()],
     )
-    folder.write_tables()
+    mine, rounds = judgements["federated"], federation.scenario.rounds
+    columns = federation.population.columns(mine.clients)
+    folder.clients.append(client_rows(rounds, mine.clients, mine.everyone, columns, "everyone"))
+    references = {name: found for name, found in judgements.items() if name != "federated"}
+    folder.write_tables(beside(references, rounds))
     folder.write_head(head, _head_card(built, opened))
     summary = _summary(built, opened, head, progress, judgements, verdict)
     train = progress.train_seconds
@@ -240,18 +244,15 @@ def _judgements(
         population,
         judged,
         everyone_rows(population, judged, scenario.evaluation.everyone_examples, scenario.seed),
-        scenario.rounds,
         allowed_threads(scenario),
         resolve_device(scenario),
-        folder.clients.append,
     )
-    found = {"federated": judge_shared(judge, head, "federated")}
+    found = {"federated": judge_shared(judge, head)}
     limit = scenario.evaluation.reference_clients
     if len(judged) > limit and scenario.evaluation.references:
         stream = seeding.generator(scenario.seed, "references")
         judge = replace(judge, clients=np.sort(stream.choice(judged, limit, replace=False)))
-        unrecorded = replace(judge, record=lambda columns: None)
-        found["federated_sample"] = judge_shared(unrecorded, head, "federated")
+        found["federated_sample"] = judge_shared(judge, head)
 
     def check() -> None:
         interrupts.check(

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtl.types import ClientMetrics, Float64
+from fedtl.results.records import CLIENTS
+from fedtl.types import ClientMetrics, Float64, Int64
 
 WORST_FRACTION = 0.1
 """The "worst decile" is the mean over the worst tenth of clients, at least one."""
@@ -92,27 +93,25 @@ def nullable(values: Float64) -> list[float | None]:
 
 
 def client_rows(
-    round: int, metrics: ClientMetrics, names: Mapping[str, list[str]], head: str, split: str
+    round: int, clients: Int64, each: PerClient, columns: Mapping[str, list[str]], split: str
 ) -> dict[str, Any]:
-    """Columns of ``results.records.CLIENTS`` for one head on one split.
+    """Columns of ``results.records.CLIENTS`` for the federated head on one split.
 
     Args:
-        names: "name" and "domain" of each of the metrics' clients.
+        clients: int64 [k], whose rows these are.
+        columns: their "name" and "domain".
     """
-    each = per_client(metrics)
-    size = len(metrics.clients)
+    size = len(clients)
     return {
+        **dict.fromkeys(CLIENTS.names, [None] * size),
         "round": np.full(size, round, np.int32),
-        "client": metrics.clients,
-        "name": names["name"],
-        "domain": names["domain"],
-        "head": [head] * size,
+        "client": clients,
+        **columns,
         "split": [split] * size,
         "examples": each.examples,
         "loss": nullable(each.loss),
         "accuracy": nullable(each.accuracy),
         "balanced_accuracy": nullable(each.balanced_accuracy),
-        "update_norm": [None] * size,
         "status": ["ok"] * size,
     }
 

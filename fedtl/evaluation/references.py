@@ -6,20 +6,21 @@ Every head is judged twice: on the client's own test examples ("test") and on ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_clients, evaluate_heads, evaluate_own
 from fedtl.clients.training import train_clients
-from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
+from fedtl.evaluation.metrics import PerClient, defined, nullable, overall, per_client
 from fedtl.evaluation.pooled import fit_pooled
+from fedtl.results.records import CLIENTS, Complete
 from fedtl.types import (
     ClientMetrics,
-    Float64,
     Head,
     Int64,
     LocalTraining,
@@ -40,16 +41,14 @@ class Judgement:
         clients: int64 [k], the judged clients.
         facts: for ``summary.json``: metrics on the clients' own test examples, and
             ``accuracy_everyone`` on everybody's.
-        own: float64 [k], accuracy on each client's own test examples, NaN where it has none.
-        own_examples: int64 [k], how many those are.
-        everyone: float64 [k], accuracy of each client's head on everybody's test examples.
+        own: metrics of each client's head on its own test examples.
+        everyone: metrics of each client's head on everybody's test examples.
     """
 
     clients: Int64
     facts: dict[str, Any]
-    own: Float64
-    own_examples: Int64
-    everyone: Float64
+    own: PerClient
+    everyone: PerClient
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,14 @@ class Judge:
         population: who holds what.
         clients: int64 [k], the judged clients, sorted.
         everyone: int64 [m], the test rows that stand for everybody's.
-        round: under which the rows are recorded.
         threads, device: where it is computed.
-        record: takes columns of ``results.records.CLIENTS``.
     """
 
     population: Population
     clients: Int64
     everyone: Int64
-    round: int
     threads: int
     device: str
-    record: Callable[[dict[str, Any]], object]
 
     def on_everyone(self, heads: Head) -> ClientMetrics:
         """M heads (leading axis) on everybody's test examples."""
@@ -140,18 +135,11 @@ def judge_alone(
             judge.population, heads, clients, threads=judge.threads, device=judge.device
         )
         abroad = replace(judge.on_everyone(heads), clients=clients)
-        for metrics, split, kept in ((mine, "test", own), (abroad, "everyone", everyone)):
-            names = judge.population.columns(clients)
-            judge.record(client_rows(judge.round, metrics, names, "local_only", split))
-            kept.append(metrics)
-    at_home, everywhere = join_metrics(own), per_client(join_metrics(everyone)).accuracy
-    facts: dict[str, Any] = dict(overall(at_home).as_facts())
-    facts["accuracy_everyone"] = defined(float(np.mean(everywhere)))
-    facts["examples_everyone"] = len(judge.everyone)
-    facts["epochs"] = sum(training.epochs for training in trainings)
-    mine_alone = per_client(at_home)
-    facts["clients"] = len(judge.clients)
-    return Judgement(judge.clients, facts, mine_alone.accuracy, mine_alone.examples, everywhere)
+        own.append(mine)
+        everyone.append(abroad)
+    judgement = _judgement(judge, join_metrics(own), join_metrics(everyone))
+    judgement.facts["epochs"] = sum(training.epochs for training in trainings)
+    return judgement
 
 
 def judge_pooled(
@@ -160,7 +148,7 @@ def judge_pooled(
     """One head on everybody's training examples, to convergence: what pooling would give."""
     rows = np.sort(judge.population.train.index)
     fit = fit_pooled(judge.population, head, rows, weight_decay, judge.device, check)
-    judgement = judge_shared(judge, fit.head, "centralised")
+    judgement = judge_shared(judge, fit.head)
     judgement.facts.update(
         train_loss=defined(fit.loss),
         largest_gradient=defined(fit.gradient),
@@ -170,18 +158,11 @@ def judge_pooled(
     return judgement
 
 
-def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
-    """One head that all clients share: on each client's own test examples and on everybody's.
-
-    Recorded under ``label`` in head; ``accuracy_everyone`` is on the sample that stands for
-    everybody.
-    """
+def judge_shared(judge: Judge, head: Head) -> Judgement:
+    """One head that all clients share: on each client's own test examples and on everybody's."""
     own = evaluate_clients(
         judge.population, head, judge.clients, threads=judge.threads, device=judge.device
     )
-    if label != "federated":  # the loop has recorded the federated head's own rows already
-        names = judge.population.columns(own.clients)
-        judge.record(client_rows(judge.round, own, names, label, "test"))
     shared = judge.one_on_everyone(head)
     size = len(judge.clients)
     everyone = ClientMetrics(
@@ -190,14 +171,45 @@ def judge_shared(judge: Judge, head: Head, label: str) -> Judgement:
         np.repeat(shared.correct, size, axis=0),
         np.repeat(shared.count, size, axis=0),
     )
-    names = judge.population.columns(judge.clients)
-    judge.record(client_rows(judge.round, everyone, names, label, "everyone"))
-    each, accuracy = per_client(own), per_client(everyone).accuracy
+    return _judgement(judge, own, everyone)
+
+
+def _judgement(judge: Judge, own: ClientMetrics, everyone: ClientMetrics) -> Judgement:
+    each, everywhere = per_client(own), per_client(everyone)
     facts: dict[str, Any] = dict(overall(own).as_facts())
-    facts["accuracy_everyone"] = defined(float(per_client(shared).accuracy[0]))
+    facts["accuracy_everyone"] = defined(float(np.mean(everywhere.accuracy)))
     facts["examples_everyone"] = len(judge.everyone)
     facts["clients"] = len(judge.clients)
-    return Judgement(judge.clients, facts, each.accuracy, each.examples, accuracy)
+    return Judgement(judge.clients, facts, each, everywhere)
+
+
+def beside(references: Mapping[str, Judgement], last_round: int) -> Complete:
+    """Puts the references' metrics beside the federated head's, in the last round's rows.
+
+    Args:
+        references: judgements by name (``local_only``, ``centralised``).
+        last_round: in whose rows they belong.
+    """
+    values: dict[tuple[str, str], dict[int, float | None]] = {}
+    for name, judgement in references.items():
+        for split, each in (("test", judgement.own), ("everyone", judgement.everyone)):
+            for metric in ("accuracy", "loss"):
+                column = nullable(getattr(each, metric))
+                clients = judgement.clients.tolist()
+                values[split, f"{name}_{metric}"] = dict(zip(clients, column, strict=True))
+
+    def complete(batch: pa.RecordBatch) -> pa.RecordBatch:
+        # every batch holds one round and one split: that is how the loop appends them
+        if batch.num_rows == 0 or batch["round"][0].as_py() != last_round:
+            return batch
+        here, clients = batch["split"][0].as_py(), batch["client"].to_pylist()
+        for (split, name), found in values.items():
+            if split == here:
+                column = pa.array([found.get(client) for client in clients], pa.float64())
+                batch = batch.set_column(CLIENTS.get_field_index(name), name, column)
+        return batch
+
+    return complete
 
 
 def _chunks(clients: Int64, size: int) -> Iterator[Int64]:

@@ -50,8 +50,8 @@ def give_verdict(
     right = _percent(federated.facts["accuracy"])
     headline = f"The federated head is right on {right} of all tests."
     if alone is not None:
-        sign = compare(federated.own, alone.own, federated.own_examples)
-        judged = np.isfinite(federated.own) & np.isfinite(alone.own)
+        sign = compare(federated.own.accuracy, alone.own.accuracy, federated.own.examples)
+        judged = np.isfinite(federated.own.accuracy) & np.isfinite(alone.own.accuracy)
         better, worse = int((sign > 0).sum()), int((sign < 0).sum())
         similar = int(judged.sum()) - better - worse
         found = _against(federated, alone)
@@ -73,11 +73,11 @@ def give_verdict(
             + (words if gap else "the same as federating")
             + ("." if pooled.facts.get("converged", True) else "; its fit has not converged.")
         )
-    best, worst = _extremes(federated.own)
+    best, worst = _extremes(federated.own.accuracy)
     if best is not None and worst is not None:
         lines.append(
-            f"Best client {names[best]} {_percent(float(federated.own[best]))}, "
-            f"worst {names[worst]} {_percent(float(federated.own[worst]))}."
+            f"Best client {names[best]} {_percent(float(federated.own.accuracy[best]))}, "
+            f"worst {names[worst]} {_percent(float(federated.own.accuracy[worst]))}."
         )
     return Verdict(headline, tuple(lines), better, worse, similar, best, worst)
 

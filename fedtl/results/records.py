@@ -7,7 +7,7 @@ a crash left behind them is cut off on resume. At the end the stream becomes one
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ CLIENTS = pa.schema(
         ("client", pa.int64()),
         ("name", pa.string()),
         ("domain", pa.string()),
-        ("head", pa.string()),
         ("split", pa.string()),
         ("examples", pa.int64()),
         ("loss", pa.float64()),
@@ -52,11 +51,18 @@ CLIENTS = pa.schema(
         ("balanced_accuracy", pa.float64()),
         ("update_norm", pa.float64()),
         ("status", pa.string()),
+        ("local_only_accuracy", pa.float64()),
+        ("local_only_loss", pa.float64()),
+        ("centralised_accuracy", pa.float64()),
+        ("centralised_loss", pa.float64()),
     ]
 )
-"""One row per round, client, head and split. ``head``: federated, local_only, centralised.
-``split``: train (the client's own training), test (its own test examples), everyone (the test
-examples of all). Undefined metrics are null."""
+"""One row per round, client and split. ``split``: train (the client's own training), test (its own
+test examples), everyone (the test examples of all; last round only). The metrics are the federated
+head's; beside them, in the last round, those of the references. Undefined is null."""
+
+
+Complete = Callable[[pa.RecordBatch], pa.RecordBatch]
 
 
 class RecordStream:
@@ -104,8 +110,12 @@ class RecordStream:
         with pa.memory_map(str(self.path)) as source, pa.ipc.open_stream(source) as reader:
             return reader.read_all()
 
-    def write_parquet(self, target: Path) -> None:
-        """Rewrite everything as one Parquet file, batch by batch, atomically."""
+    def write_parquet(self, target: Path, complete: Complete = lambda batch: batch) -> None:
+        """Rewrite everything as one Parquet file, batch by batch, atomically.
+
+        Args:
+            complete: fills in columns of a batch that were not known when it was appended.
+        """
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         with writing(target.name, target.parent):
             try:
@@ -114,7 +124,7 @@ class RecordStream:
                     pa.ipc.open_stream(source) as reader,
                     pq.ParquetWriter(temporary, self.schema) as writer,
                 ):
-                    for table in _grouped(reader):
+                    for table in _grouped(map(complete, reader), self.schema):
                         writer.write_table(table)
                 with open(temporary, "rb") as file:
                     os.fsync(file.fileno())
@@ -124,12 +134,14 @@ class RecordStream:
             sync_folder(target.parent)
 
 
-def _grouped(reader: Any, rows: int = 200_000) -> Any:
+def _grouped(
+    batches: Iterable[pa.RecordBatch], schema: pa.Schema, rows: int = 200_000
+) -> Iterator[pa.Table]:
     """Batches joined to tables of about ``rows`` rows: small row groups make slow Parquet."""
     held: list[pa.RecordBatch] = []
-    for batch in reader:
+    for batch in batches:
         held.append(batch)
         if sum(b.num_rows for b in held) >= rows:
             yield pa.Table.from_batches(held)
             held = []
-    yield pa.Table.from_batches(held, reader.schema)
+    yield pa.Table.from_batches(held, schema)

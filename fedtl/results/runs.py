@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from fedtl.errors import EnvironmentFault, InputError, writing
 from fedtl.results.commits import Commit, read_commit, write_commit
 from fedtl.results.files import write_atomic
-from fedtl.results.records import CLIENTS, ROUNDS, RecordStream
+from fedtl.results.records import CLIENTS, ROUNDS, Complete, RecordStream
 
 SUMMARY = "summary.json"
 SCENARIO = "scenario.toml"
@@ -133,10 +133,14 @@ class RunFolder:
         with writing("events.jsonl", self.path), open(self.path / "events.jsonl", "a") as file:
             file.write(line + "\n")
 
-    def write_tables(self) -> None:
-        """``rounds.parquet`` and ``clients.parquet`` from all records so far."""
+    def write_tables(self, complete: Complete = lambda batch: batch) -> None:
+        """``rounds.parquet`` and ``clients.parquet`` from all records so far.
+
+        Args:
+            complete: fills in the columns of ``clients`` that were not known before.
+        """
         self.rounds.write_parquet(self.path / "rounds.parquet")
-        self.clients.write_parquet(self.path / "clients.parquet")
+        self.clients.write_parquet(self.path / "clients.parquet", complete)
 
     def write_head(
         self, head: Mapping[str, np.ndarray[Any, Any]], facts: Mapping[str, str]

@@ -63,15 +63,22 @@ def test_the_run_folder_is_as_designed(summary: dict, place: Path) -> None:
         "checkpoints", "events.jsonl",
     }  # fmt: skip
     clients = pd.read_parquet(place / "run" / "clients.parquet")
-    federated = clients[clients["head"] == "federated"]
-    assert set(federated["split"]) == {"train", "test", "everyone"}
-    test = federated[federated["split"] == "test"]
-    assert not test.duplicated(["round", "client"]).any()
+    assert set(clients["split"]) == {"train", "test", "everyone"}
+    assert not clients.duplicated(["round", "client", "split"]).any()
+    test = clients[clients["split"] == "test"]
     assert len(test) == 200
     last = test[test["round"] == 20]
     weighted = (last["accuracy"] * last["examples"]).sum() / last["examples"].sum()
     assert weighted == pytest.approx(summary["final"]["accuracy"])
     assert set(last["domain"]) == {"mnist", "optical"}
+    everyone = clients[clients["split"] == "everyone"]
+    for name, facts in summary["references"].items():
+        own = last[f"{name}_accuracy"]
+        assert (own * last["examples"]).sum() / last["examples"].sum() == pytest.approx(
+            facts["accuracy"]
+        )
+        assert everyone[f"{name}_accuracy"].mean() == pytest.approx(facts["accuracy_everyone"])
+        assert test[test["round"] < 20][f"{name}_accuracy"].isna().all()
 
 
 def test_the_head_says_what_it_fits(summary: dict, place: Path) -> None:

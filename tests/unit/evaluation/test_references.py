@@ -23,16 +23,10 @@ TRAINING = LocalTraining(epochs=2, batch_size=8, learning_rate=0.1)
 
 
 @pytest.fixture
-def rows() -> list[dict]:
-    return []
-
-
-@pytest.fixture
-def judge(population: Population, rows: list[dict]) -> Judge:
+def judge(population: Population) -> Judge:
     clients = np.arange(5)
-    return Judge(
-        population, clients, everyone_rows(population, clients, 999, 0), 3, 1, "cpu", rows.append
-    )
+    everyone = everyone_rows(population, clients, 999, 0)
+    return Judge(population, clients, everyone, 1, "cpu")
 
 
 def zeros(population: Population):
@@ -45,9 +39,7 @@ def accuracy(population: Population, head, index) -> float:
     return float((logits.argmax(1) == population.labels[index]).mean())
 
 
-def test_alone_means_trained_on_own_and_judged_twice(
-    judge: Judge, population: Population, rows: list[dict]
-) -> None:
+def test_alone_means_trained_on_own_and_judged_twice(judge: Judge, population: Population) -> None:
     trainings = [replace(TRAINING, learning_rate=rate) for rate in (0.1, 0.05, 0.01)]
     found = judge_alone(judge, zeros(population), trainings, seed=1)
     everyone = np.concatenate([population.test.of(k) for k in range(5)])
@@ -61,26 +53,22 @@ def test_alone_means_trained_on_own_and_judged_twice(
         head = {name: tensor[0] for name, tensor in heads.items()}
         at_home.append(accuracy(population, head, population.test.of(k)))
         abroad.append(accuracy(population, head, everyone))
-    np.testing.assert_allclose(found.own, at_home)
-    np.testing.assert_allclose(found.everyone, abroad)
+    np.testing.assert_allclose(found.own.accuracy, at_home)
+    np.testing.assert_allclose(found.everyone.accuracy, abroad)
     counts = population.test.counts
     assert found.facts["accuracy"] == pytest.approx(np.average(at_home, weights=counts))
     assert found.facts["accuracy_everyone"] == pytest.approx(np.mean(abroad))
     assert found.facts["epochs"] == 6
     assert found.facts["examples_everyone"] == len(everyone)
-    assert [(r["head"][0], r["split"][0]) for r in rows] == [
-        ("local_only", "test"),
-        ("local_only", "everyone"),
-    ]
 
 
 def test_a_shared_head_is_the_same_everywhere(judge: Judge, population: Population) -> None:
     rng = np.random.default_rng(0)
     head = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in zeros(population).items()}
-    found = judge_shared(judge, head, "federated")
+    found = judge_shared(judge, head)
     assert found.facts["accuracy"] == pytest.approx(found.facts["accuracy_everyone"])
     assert found.facts["accuracy"] == pytest.approx(accuracy(population, head, judge.everyone))
-    assert (found.everyone == found.facts["accuracy_everyone"]).all()
+    assert (found.everyone.accuracy == found.facts["accuracy_everyone"]).all()
 
 
 def test_the_pooled_optimum_is_scikit_learns(population: Population) -> None:

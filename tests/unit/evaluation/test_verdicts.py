@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedtl.evaluation.metrics import PerClient
 from fedtl.evaluation.references import Judgement
 from fedtl.evaluation.verdicts import HEADLINES, compare, give_verdict
 
@@ -16,10 +17,10 @@ def judgement(own: list[float], everyone: float) -> Judgement:
         "examples": EXAMPLES * len(own),
         "examples_everyone": EXAMPLES * len(own),
     }
-    size = len(own)
-    return Judgement(
-        np.arange(size), facts, np.array(own), np.full(size, EXAMPLES), np.full(size, everyone)
-    )
+    count, none = np.full(len(own), EXAMPLES), np.full(len(own), np.nan)
+    home = PerClient(count, none, np.array(own), none)
+    abroad = PerClient(count, none, np.full(len(own), everyone), none)
+    return Judgement(np.arange(len(own)), facts, home, abroad)
 
 
 LEVEL = {"gain": (0.9, 0.7), "none": (0.9, 0.905), "loss": (0.7, 0.9)}
@@ -78,7 +79,7 @@ def test_without_references_it_still_says_something() -> None:
 
 def test_nothing_judged_is_undefined_not_zero() -> None:
     nothing = judgement([0.5], 0.5)
-    nothing.own[0] = np.nan
+    nothing.own.accuracy[0] = np.nan
     nothing.facts["accuracy"] = None
     verdict = give_verdict(nothing, nothing, nothing, ["a"])
     assert verdict.best is None

@@ -56,4 +56,6 @@ def test_parquet_holds_all_rows_in_few_groups(stream: RecordStream, tmp_path: Pa
 
 def test_columns_that_others_rely_on() -> None:
     assert {"round", "accuracy", "loss", "bytes_up", "bytes_down"} <= set(ROUNDS.names)
-    assert {"round", "client", "split", "head", "accuracy", "examples"} <= set(CLIENTS.names)
+    assert {"round", "client", "split", "accuracy", "examples", "local_only_accuracy"} <= set(
+        CLIENTS.names
+    )
