@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     help="Fine-tune one pretrained backbone together while every client keeps its data.",
     epilog="Start with: fedtl run quickstart",
 )

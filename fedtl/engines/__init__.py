@@ -1,4 +1,4 @@
-"""Engines by the name a scenario gives them."""
+"""Where clients live. The table of engines by name is in ``build.py``, which can make them all."""
 
 from __future__ import annotations
 
