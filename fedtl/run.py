@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -151,29 +151,30 @@ def _carry_on(
 
     built = make_federation(opened, progress)
     federation = built.federation
-    before = time.perf_counter()
-    federation.engine.start(federation.head)
-    start_seconds = time.perf_counter() - before
-    observer.ready(built)
-    folder.event("started", scenario_hash=federation.identity["scenario_hash"])
-    interrupts.check("interrupted before the first round", resume)
-    try:
-        state, done = run_rounds(
-            federation,
-            folder,
-            observer.round_done,
-            interrupts,
-            allow_changes=allow_changes,
-            tell=observer.noted,
+    with closing(federation.engine):
+        before = time.perf_counter()
+        federation.engine.start(federation.head)
+        start_seconds = time.perf_counter() - before
+        observer.ready(built)
+        folder.event("started", scenario_hash=federation.identity["scenario_hash"])
+        interrupts.check("interrupted before the first round", resume)
+        try:
+            state, done = run_rounds(
+                federation,
+                folder,
+                observer.round_done,
+                interrupts,
+                allow_changes=allow_changes,
+                tell=observer.noted,
+            )
+        except FedtlError as error:
+            with suppress(OSError, FedtlError):  # what stopped the run is the one error to tell
+                folder.event("stopped", exit_code=error.exit_code, what=error.what)
+                folder.write_tables()
+            raise
+        return _conclude(
+            built, opened, folder, observer, interrupts, state.head, done, started, start_seconds
         )
-    except FedtlError as error:
-        folder.event("stopped", exit_code=error.exit_code, what=error.what)
-        with suppress(OSError, FedtlError):  # the error that stopped the run is the one to tell
-            folder.write_tables()
-        raise
-    return _conclude(
-        built, opened, folder, observer, interrupts, state.head, done, started, start_seconds
-    )
 
 
 def _conclude(

@@ -125,3 +125,14 @@ def test_names_with_markup_are_shown_as_they_are(fedtl, small: Path) -> None:
     done = fedtl("run", str(small), "--out", "run")
     assert done.returncode == 0, done.stderr
     assert "[bold]x[/]" in done.stdout + str(fedtl("check", str(small)).stdout)
+
+
+@pytest.mark.parametrize("rate", ["0.1", "1e38"])
+def test_the_engine_is_closed_however_a_run_ends(
+    fedtl, small: Path, monkeypatch: pytest.MonkeyPatch, rate: str
+) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr("fedtl.engines.LocalEngine.close", lambda self: closed.append(1))
+    done = fedtl("run", str(small), "--set", f"training.learning_rate={rate}")
+    assert done.returncode == (0 if rate == "0.1" else 4)
+    assert closed == [1]
