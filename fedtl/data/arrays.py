@@ -66,6 +66,8 @@ def load_arrays(data: Data) -> Examples:
         if name in arrays:
             try:
                 columns[name] = encode(arrays[name], name)
+            except UnicodeDecodeError:
+                problems.append(f"{name} has bytes that are no UTF-8 text; save it as str or int")
             except ValueError as error:
                 problems.append(str(error))
     is_test = None

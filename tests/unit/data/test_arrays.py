@@ -12,7 +12,7 @@ import pytest
 from fedtl.data import arrays
 from fedtl.data.arrays import load_arrays
 from fedtl.data.examples import Examples
-from fedtl.errors import InputError, SecurityRefusal
+from fedtl.errors import EnvironmentFault, InputError, SecurityRefusal
 from fedtl.scenario.schema import Data
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3)).astype(np.uint8)
@@ -219,3 +219,15 @@ def test_a_damaged_member(tmp_path: Path, load: Callable[..., Examples]) -> None
     path.write_bytes(good[:flip] + bytes([good[flip] ^ 1]) + good[flip + 1 :])
     with pytest.raises(InputError, match="damaged"):
         load_arrays(Data(source="arrays", path=str(path)))
+
+
+def test_bytes_that_are_no_text_are_named_by_column(message: Callable[..., str]) -> None:
+    assert "y has bytes that are no UTF-8 text" in message(x=FEATURES, y=[b"\xff", b"a"] * 2)
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(
+    load: Callable[..., Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtl.machine.available_memory_bytes", lambda: 50)
+    with pytest.raises(EnvironmentFault, match="do not fit into memory"):
+        load(x=FEATURES, y=LABELS)
