@@ -14,11 +14,11 @@ from fedtl.build import OpenedData, allowed_threads, open_data, without
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
 from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
-from fedtl.errors import InputError
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
 from fedtl.scenario.schema import Scenario
 from fedtl.terminal import plain_table, plan_table, shown
+from fedtl.transfer.features import bad_images, named
 from fedtl.types import Int32
 
 SHOWN_CLIENTS = 20
@@ -47,17 +47,11 @@ def check_scenario(
     else:
         opened.backbone.trunk()  # its weights are read only here, and in a run
         content, bad = _decode_all(opened, interrupts)
-        if bad and scenario.data.on_bad_file == "stop":
-            named = "; ".join(list(bad.values())[:5])
-            more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-            raise InputError(
-                f"{len(bad)} of {len(examples)} images cannot be used: {named}{more}",
-                where="data",
-                do="Mend or remove them, or go without with --set data.on_bad_file=skip",
-            )
+        lines = list(bad.values())
+        if bad and (scenario.data.on_bad_file == "stop" or len(bad) == len(examples)):
+            raise bad_images(lines, len(bad), len(examples))
         if bad:
-            for line in list(bad.values())[:5]:
-                console.print(f"[yellow]left out[/] {shown(line)}")
+            console.print(f"[yellow]note[/] left out {shown(named(lines, len(bad)))}")
             keep = np.setdiff1d(np.arange(len(examples)), np.array(list(bad)))
             opened, content = without(opened, keep), content[keep]
             examples = opened.examples

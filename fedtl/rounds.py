@@ -138,8 +138,7 @@ def run_rounds(
 
 def _refuse_non_finite(state: ServerState, round: int) -> None:
     """The server's own step can overflow although every update was finite."""
-    tensors: dict[str, np.ndarray[Any, Any]] = {**state.head, **state.slots}
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(state).items():
         if not np.isfinite(tensor).all():
             raise PolicyStop(
                 f"the server's step of round {round} is not finite in {name}; "
@@ -279,13 +278,18 @@ def _training_rows(
     }
 
 
-def _commit(federation: Federation, state: ServerState, progress: Progress) -> Commit:
+def _tensors(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of a state, under the names they are committed by."""
     tensors: dict[str, np.ndarray[Any, Any]] = {
         f"head.{name}": tensor for name, tensor in state.head.items()
     }
     tensors.update({f"slots.{name}": tensor for name, tensor in state.slots.items()})
+    return tensors
+
+
+def _commit(federation: Federation, state: ServerState, progress: Progress) -> Commit:
     facts = {**progress.__dict__, "identity": dict(federation.identity)}
-    return Commit(progress.round, tensors, facts)
+    return Commit(progress.round, _tensors(state), facts)
 
 
 def _restore(
@@ -318,9 +322,8 @@ def _restore(
     saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
     tensors = commit.tensors
     fresh = federation.strategy.init(federation.head)
-    expected = {f"head.{name}": tensor.shape for name, tensor in fresh.head.items()}
-    expected.update({f"slots.{name}": tensor.shape for name, tensor in fresh.slots.items()})
-    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: tensor.shape for name, tensor in _tensors(fresh).items()}:
         raise InputError(
             "the commit is of another head or strategy, nothing can go on from it",
             where=folder.path,

@@ -143,11 +143,10 @@ def _carry_on(
 ) -> dict[str, Any]:
     """Everything after the folder is there: features, rounds, references, summary."""
     observer.planned(opened, forecast(opened))
-    resume = f"Type 'fedtl resume {folder.path}' to go on"
 
     def progress(done: int, total: int) -> None:
         observer.extracting(done, total)
-        interrupts.check("interrupted while images went through the trunk", resume)
+        interrupts.check("interrupted while images went through the trunk")
 
     built = make_federation(opened, progress)
     federation = built.federation
@@ -157,7 +156,7 @@ def _carry_on(
         start_seconds = time.perf_counter() - before
         observer.ready(built)
         folder.event("started", scenario_hash=federation.identity["scenario_hash"])
-        interrupts.check("interrupted before the first round", resume)
+        interrupts.check("interrupted before the first round")
         try:
             state, done = run_rounds(
                 federation,

@@ -43,6 +43,9 @@ COLUMNS = (
 )
 """Of the table of rounds; the widths hold where it is printed line by line."""
 
+SPARED = frozenset({COLUMNS[2], COLUMNS[6], COLUMNS[7]})
+"""Columns that a narrow terminal does without."""
+
 
 def shown(text: str) -> str:
     """Text from outside, as it is: no markup, no control character."""
@@ -70,10 +73,6 @@ def duration(seconds: float | None) -> str:
     return f"about {minutes:.0f} min" if minutes < 120 else f"about {minutes / 60:.1f} h"
 
 
-SPARED = frozenset({COLUMNS[2], COLUMNS[6], COLUMNS[7]})
-"""Columns that a narrow terminal does without."""
-
-
 def _plain_row(cells: Sequence[str]) -> str:
     return "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, COLUMNS, strict=True))
 
@@ -90,9 +89,9 @@ def loss_text(value: float | None) -> str:
     return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
 
 
-def plain_table(*columns: str, title: str | None = None) -> Table:
+def plain_table(*columns: str) -> Table:
     """A table without frame, numbers to the right: easy to read and to copy."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table

@@ -80,10 +80,6 @@ class Judge:
             device=self.device,
         )
 
-    def one_on_everyone(self, head: Head) -> ClientMetrics:
-        """One head on everybody's test examples."""
-        return self.on_everyone({name: tensor[None] for name, tensor in head.items()})
-
 
 def everyone_rows(population: Population, clients: Int64, limit: int, seed: int) -> Int64:
     """The judged clients' test rows, or a seeded sample of ``limit`` of them."""
@@ -163,7 +159,7 @@ def judge_shared(judge: Judge, head: Head) -> Judgement:
     own = evaluate_clients(
         judge.population, head, judge.clients, threads=judge.threads, device=judge.device
     )
-    shared = judge.one_on_everyone(head)
+    shared = judge.on_everyone({name: tensor[None] for name, tensor in head.items()})
     size = len(judge.clients)
     everyone = ClientMetrics(
         judge.clients,

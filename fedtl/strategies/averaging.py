@@ -19,7 +19,6 @@ from fedtl.strategies.base import (
     client_weights,
     mean_delta,
     moved,
-    with_slots,
 )
 from fedtl.types import ClientUpdates, Float64, Head, RoundPlan
 
@@ -79,7 +78,7 @@ class FedAvgM(FedAvg):
         }
         step = {name: self.server_learning_rate * value for name, value in velocity.items()}
         slots = {f"momentum.{name}": value for name, value in velocity.items()}
-        return with_slots(state, moved(state, step), slots)
+        return ServerState(moved(state, step), slots)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class FedAdagrad(FedAvg):
             second = self.accumulate(state.slots[f"second.{name}"], np.square(delta))
             slots[f"first.{name}"], slots[f"second.{name}"] = first, second
             step[name] = self.server_learning_rate * first / (np.sqrt(second) + self.tau)
-        return with_slots(state, moved(state, step), slots)
+        return ServerState(moved(state, step), slots)
 
     def accumulate(self, second: Float64, square: Float64) -> Float64:
         """v + Delta^2."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -68,11 +68,6 @@ def mean_delta(head: Head, updates: ClientUpdates, weights: Float64) -> dict[str
 def moved(state: ServerState, step: Mapping[str, Float64]) -> Head:
     """The head after adding a float64 step, rounded once to float32."""
     return {name: _float32(tensor + step[name]) for name, tensor in state.head.items()}
-
-
-def with_slots(state: ServerState, head: Head, slots: Mapping[str, Float64]) -> ServerState:
-    """The state with a new head and new slots."""
-    return replace(state, head=head, slots=dict(slots))
 
 
 def _float32(values: Float64) -> Float32:

@@ -234,8 +234,8 @@ class FeatureStore:
         bad = [str(name) for name in manifest["bad"]]
         if bad:
             if order.on_bad_file == "stop":
-                raise _bad_images(bad, int(manifest["num_bad"]), len(order.images))
-            notes.append(f"left out {_named(bad, int(manifest['num_bad']))}")
+                raise bad_images(bad, int(manifest["num_bad"]), len(order.images))
+            notes.append(f"left out {named(bad, int(manifest['num_bad']))}")
         return StoredFeatures(
             matrix,
             content,
@@ -301,7 +301,7 @@ class FeatureStore:
             extraction.refuse_changed(forward.trunk_hash, forward.state_hash())
             names = [str(error) for error in result.bad.values()]
             if names and (stop or len(names) == count):
-                raise _bad_images(names, len(names), count)
+                raise bad_images(names, len(names), count)
             kept = np.setdiff1d(np.arange(count, dtype=np.int64), list(result.bad))
             file.keep(kept)
         finally:
@@ -363,18 +363,20 @@ class FeatureStore:
             lock.release()
 
 
-def _bad_images(names: list[str], num_bad: int, total: int) -> InputError:
+def bad_images(names: list[str], num_bad: int, total: int) -> InputError:
+    """The error for images that cannot be decoded; names at most the first few."""
     every = num_bad == total
     return InputError(
         "no image can be decoded" if every else "some images cannot be decoded",
         where="data",
-        got=_named(names, num_bad),
+        got=named(names, num_bad),
         do="Mend or remove them"
         + ("" if every else ", or set data.on_bad_file = 'skip' to leave them out"),
     )
 
 
-def _named(names: list[str], num_bad: int) -> str:
+def named(names: list[str], num_bad: int) -> str:
+    """How many bad images there are, and the first few by name and reason."""
     more = f", and {num_bad - _NAMED} more" if num_bad > _NAMED else ""
     return f"{num_bad} image{'s' if num_bad != 1 else ''}: {'; '.join(names[:_NAMED])}{more}"
 
