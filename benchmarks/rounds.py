@@ -23,8 +23,9 @@ from fedtl import machine
 from fedtl.clients.training import train_clients
 from fedtl.engines import LocalEngine
 from fedtl.interrupts import Interrupts
+from fedtl.planning import plan_round
 from fedtl.results.runs import RunFolder
-from fedtl.rounds import Federation, plan_round, run_rounds
+from fedtl.rounds import Federation, run_rounds
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import ServerState, make_strategy
 from fedtl.types import Population, Rows
@@ -67,7 +68,7 @@ def federation(people: Population, scenario: Scenario, threads: int) -> Federati
     width = people.features.shape[1]
     head = {"weight": np.zeros((CLASSES, width), np.float32), "bias": np.zeros(CLASSES, np.float32)}
     strategy = make_strategy(scenario.strategy)
-    return Federation(scenario, people, head, strategy, LocalEngine(people, threads), {})
+    return Federation(scenario, people.roster(), head, strategy, LocalEngine(people, threads), {})
 
 
 def loop_seconds(made: Federation) -> float:
@@ -81,12 +82,14 @@ def loop_seconds(made: Federation) -> float:
     return seconds
 
 
-def kernel_seconds(made: Federation, threads: int) -> float:
+def kernel_seconds(made: Federation, people: Population, threads: int) -> float:
     """The same rounds, local training only, every time from the same head."""
     started = time.perf_counter()
     for round in range(1, made.scenario.rounds + 1):
-        plan = plan_round(made, ServerState(made.head), round)
-        train_clients(made.population, made.head, plan, threads=threads)
+        plan = plan_round(
+            made.scenario, people.num_clients, made.strategy, ServerState(made.head), round
+        )
+        train_clients(people, made.head, plan, threads=threads)
     return time.perf_counter() - started
 
 
@@ -97,7 +100,7 @@ def compare_loop(fedjax: str | None) -> None:
     people = population(features.astype(np.float32), CLIENTS, EXAMPLES, TESTS)
     made = federation(people, Scenario.model_validate(WORK), threads)
     loop_seconds(made)
-    pairs = [(kernel_seconds(made, threads), loop_seconds(made)) for _ in range(REPEATS)]
+    pairs = [(kernel_seconds(made, people, threads), loop_seconds(made)) for _ in range(REPEATS)]
     kernel, loop = (float(np.median(column)) for column in zip(*pairs, strict=True))
     done = CLIENTS * made.scenario.rounds
     print(f"{machine.cpu_model()}, {threads} threads, medians of {REPEATS}")

@@ -36,6 +36,19 @@ if TYPE_CHECKING:
 ExtractionProgress = Callable[[int, int], None]
 """Called with images done and images in all."""
 
+
+def _ray(scenario: Scenario, population: Population) -> Engine:
+    from fedtl.engines.ray_workers import RayEngine
+
+    return RayEngine(population, **_workers(scenario))
+
+
+def _flower(scenario: Scenario, population: Population) -> Engine:
+    from fedtl.engines.flower_simulation import flower_engine
+
+    return flower_engine(population, num_nodes=scenario.engine.num_nodes, **_workers(scenario))
+
+
 ENGINES: dict[str, Callable[[Scenario, Population], Engine]] = {
     "local": lambda scenario, population: LocalEngine(
         population,
@@ -43,8 +56,23 @@ ENGINES: dict[str, Callable[[Scenario, Population], Engine]] = {
         resolve_device(scenario),
         scenario.engine.block_size,
     ),
+    "ray": _ray,
+    "flower": _flower,
 }
 """How each engine a scenario can name is made."""
+
+
+def _workers(scenario: Scenario) -> dict[str, Any]:
+    """What the engines with workers of their own take of a scenario."""
+    section = scenario.engine
+    return {
+        "address": section.address,
+        "num_cpus": section.num_cpus or allowed_threads(scenario),
+        "num_gpus": section.num_gpus,
+        "device": resolve_device(scenario),
+        "block_size": section.block_size,
+        "deadline_seconds": section.deadline_seconds,
+    }
 
 
 @dataclass(frozen=True)
@@ -72,9 +100,14 @@ class ReadyFeatures:
 
 @dataclass(frozen=True)
 class Built:
-    """A federation ready to run, with what was found on the way."""
+    """A federation ready to run, with what was found on the way.
+
+    Attributes:
+        population: everybody's data, where they are here: in simulation.
+    """
 
     federation: Federation
+    population: Population
     leaks: LeakReport
     features: ReadyFeatures
 
@@ -200,13 +233,15 @@ def make_federation(opened: OpenedData, progress: ExtractionProgress | None = No
     }
     federation = Federation(
         scenario,
-        population,
+        population.roster(),
         head,
         make_strategy(scenario.strategy),
         ENGINES[scenario.engine.kind](scenario, population),
         identity,
     )
-    return Built(federation, leaks, replace(features, notes=(*features.notes, *_left_out(split))))
+    return Built(
+        federation, population, leaks, replace(features, notes=(*features.notes, *_left_out(split)))
+    )
 
 
 def _left_out(split: ClientSplit) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedtl import machine
 from fedtl.build import OpenedData, allowed_threads
-from fedtl.rounds import round_half_up
+from fedtl.planning import cohort_size
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
 from fedtl.types import head_bytes
@@ -57,7 +57,7 @@ def forecast(opened: OpenedData) -> Forecast:
     cached, width = stored is not None, stored or opened.backbone.dim
     head = initial_head(scenario.head, width, len(examples.classes), scenario.seed)
     clients = len(split.names)
-    cohort = min(clients, max(1, round_half_up(scenario.clients.fraction * clients)))
+    cohort = min(clients, cohort_size(scenario, clients))
     share = cohort / clients
     parameters = sum(tensor.size for tensor in head.values())
     exchanged = head_bytes(head) * cohort * scenario.rounds

@@ -7,7 +7,6 @@ of the unbroken one.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,28 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from fedtl import seeding
 from fedtl.engines.base import Engine
 from fedtl.errors import InputError, PolicyStop
 from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
+from fedtl.planning import (
+    absent_clients,
+    extend_digest,
+    first_answers,
+    judged_clients,
+    plan_round,
+)
 from fedtl.results.commits import Commit
 from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import (
-    ClientUpdates,
-    Float64,
-    Head,
-    Int64,
-    LocalTraining,
-    Population,
-    RoundPlan,
-    head_bytes,
-)
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster, RoundPlan, head_bytes
 
 
 @dataclass(frozen=True)
@@ -44,12 +40,13 @@ class Federation:
     """Everything the loop needs, ready made.
 
     Attributes:
+        roster: who takes part; their data are the engine's business.
         identity: what must not change between a run and its resumption (scenario hash, data
             fingerprint, features' key, versions), JSON values.
     """
 
     scenario: Scenario
-    population: Population
+    roster: Roster
     head: Head
     strategy: Strategy
     engine: Engine
@@ -58,9 +55,18 @@ class Federation:
 
 @dataclass(frozen=True)
 class Progress:
-    """What adds up over the rounds; committed with each of them."""
+    """What adds up over the rounds; committed with each of them.
+
+    Attributes:
+        abandoned: rounds in a row, up to now, that missed the quorum.
+        cohorts, batches: hash chains over who trained and in which batch order, so that two runs
+            can be compared without their records.
+    """
 
     round: int = 0
+    abandoned: int = 0
+    cohorts: str = ""
+    batches: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
     client_rounds: int = 0
@@ -90,7 +96,8 @@ def run_rounds(
         tell: takes a line about a commit that is damaged.
 
     Raises:
-        PolicyStop: no client's update could be accepted; the last commit is kept.
+        PolicyStop: no client's update could be accepted, or too few clients answered for too many
+            rounds; the last commit is kept.
         Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
         InputError: the commit belongs to another scenario, data set or version.
     """
@@ -98,28 +105,22 @@ def run_rounds(
     total = federation.scenario.rounds
     while progress.round < total:
         started = time.perf_counter()
-        plan = plan_round(federation, state, progress.round + 1)
-        replies = federation.engine.run_clients(plan, state.head)
-        updates, norms = accept_updates(
-            replies,
-            plan,
-            state.head,
-            federation.population.train.counts,
-            federation.scenario.validation.max_norm_ratio,
+        plan = plan_round(
+            federation.scenario,
+            federation.roster.num_clients,
+            federation.strategy,
+            state,
+            progress.round + 1,
         )
+        updates, norms = _answers(federation, plan, state.head)
         failpoint("after_train", plan.round)
-        if len(updates.clients) == 0:
-            raise PolicyStop(
-                f"no update of round {plan.round} could be used, that of client "
-                f"{updates.failures[0].client} because {updates.failures[0].reason}; "
-                f"{progress.round} rounds are kept",
-                do="The training diverged or the data are broken: lower training.learning_rate",
-            )
-        state = federation.strategy.step(state, updates)
-        _refuse_non_finite(state, plan.round)
+        quorate = len(updates.clients) >= federation.scenario.participation.quorum
+        if quorate:
+            state = federation.strategy.step(state, updates)
+            _refuse_non_finite(state, plan.round)
         failpoint("after_aggregate", plan.round)
-        progress = _counted(progress, plan, updates, state.head)
-        row, progress = _record(federation, folder, state, plan, updates, norms, progress)
+        progress = _counted(progress, plan, updates, state.head, quorate)
+        row, progress = _record(federation, folder, state, plan, updates, norms, progress, quorate)
         seconds = time.perf_counter() - started
         progress = replace(progress, train_seconds=progress.train_seconds + seconds)
         row["seconds"] = [seconds]
@@ -128,12 +129,55 @@ def run_rounds(
         folder.commit(_commit(federation, state, progress))
         failpoint("after_commit", plan.round)
         observe({name: column[0] for name, column in row.items()}, updates)
+        if progress.abandoned >= federation.scenario.participation.patience:
+            raise _below_quorum(federation, updates, progress)
         if progress.round < total:
             interrupts.check(
                 f"interrupted; saved round {progress.round} of {total}",
                 f"Type 'fedtl resume {folder.path}' to continue at {progress.round + 1}",
             )
     return state, progress
+
+
+def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[ClientUpdates, Float64]:
+    """The round's valid updates, with a failure for each planned client that has none."""
+    scenario, roster = federation.scenario, federation.roster
+    absent = absent_clients(scenario, roster.names, plan.round)
+    asked = plan.without(absent)
+    replies = list(federation.engine.run_clients(asked, head)) if len(asked.clients) else []
+    answered = {client for reply in replies for client in reply.clients.tolist()}
+    if left := set(plan.clients.tolist()) & set(absent.tolist()):
+        away = tuple(ClientFailure(client, "absent, as the scenario has it") for client in left)
+        replies.append(_no_updates(plan, head, away))
+    updates, norms = accept_updates(
+        replies, plan, head, roster.train, scenario.validation.max_norm_ratio
+    )
+    if len(updates.clients) == 0 and answered >= set(asked.clients.tolist()) and answered:
+        raise PolicyStop(
+            f"no update of round {plan.round} could be used, that of client "
+            f"{updates.failures[0].client} because {updates.failures[0].reason}; "
+            f"{plan.round - 1} rounds are kept",
+            do="The training diverged or the data are broken: lower training.learning_rate",
+        )
+    return first_answers(updates, norms, plan, scenario.seed)
+
+
+def _no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
+    none = {name: np.empty((0, *tensor.shape), np.float32) for name, tensor in head.items()}
+    empty = np.empty(0, np.int64)
+    return ClientUpdates(plan.round, empty, none, empty, np.empty(0), failures)
+
+
+def _below_quorum(federation: Federation, updates: ClientUpdates, progress: Progress) -> PolicyStop:
+    quorum = federation.scenario.participation.quorum
+    names = federation.roster.names
+    missing = "; ".join(f"{names[f.client]}: {f.reason}" for f in updates.failures[:5])
+    rounds = f"{progress.abandoned} rounds in a row" if progress.abandoned > 1 else "a round"
+    return PolicyStop(
+        f"{rounds} missed the quorum, the last with {len(updates.clients)} of {quorum} updates; "
+        f"the model is that of the last round that had it. Missing: {missing}",
+        do="Bring the clients back and resume, or lower participation.quorum",
+    )
 
 
 def _refuse_non_finite(state: ServerState, round: int) -> None:
@@ -147,69 +191,21 @@ def _refuse_non_finite(state: ServerState, round: int) -> None:
             )
 
 
-def plan_round(federation: Federation, state: ServerState, round: int) -> RoundPlan:
-    """Who trains in a round, with what hyper-parameters and in what batch order."""
-    scenario = federation.scenario
-    clients = sample_cohort(
-        scenario.seed, round, federation.population.num_clients, scenario.clients.fraction
-    )
-    keys = seeding.client_keys(scenario.seed, "batches", round, clients)
-    plan = RoundPlan(round, clients, keys, local_training(scenario, round))
-    return federation.strategy.plan(state, plan)
-
-
-def local_training(scenario: Scenario, round: int) -> LocalTraining:
-    """What a client does with its data in a round, before the strategy has its say."""
-    section = scenario.training
-    return LocalTraining(
-        section.local_epochs,
-        section.batch_size,
-        scheduled_rate(scenario, round),
-        section.momentum,
-        section.weight_decay,
-    )
-
-
-def sample_cohort(seed: int, round: int, num_clients: int, fraction: float) -> Int64:
-    """Sorted ids of a round's clients, drawn without replacement from the seeded stream."""
-    size = max(1, round_half_up(fraction * num_clients))
-    return _drawn(num_clients, size, seeding.generator(seed, "cohort", round))
-
-
-def _drawn(num_clients: int, size: int, stream: np.random.Generator) -> Int64:
-    """``size`` of all clients, sorted; all of them where that many are wanted."""
-    if size >= num_clients:
-        return np.arange(num_clients, dtype=np.int64)
-    return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
-
-
-def round_half_up(value: float) -> int:
-    """Nearest whole number; halves go up, as people expect of "10 % of 25"."""
-    return math.floor(value + 0.5)
-
-
-def scheduled_rate(scenario: Scenario, round: int) -> float:
-    """The clients' learning rate in a round (1 for the first)."""
-    section = scenario.training
-    if section.schedule == "cosine":
-        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / scenario.rounds))
-    if section.schedule == "exponential":
-        return float(section.learning_rate * section.decay ** (round - 1))
-    return section.learning_rate
-
-
-def judged_clients(scenario: Scenario, num_clients: int) -> Int64:
-    """The clients on whose test examples heads are judged, the same in every round."""
-    size = max(1, round_half_up(scenario.evaluation.fraction * num_clients))
-    return _drawn(num_clients, size, seeding.generator(scenario.seed, "judged"))
-
-
-def _counted(progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head) -> Progress:
+def _counted(
+    progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head, quorate: bool
+) -> Progress:
     """Logical payload: the head to each planned client, and back from each accepted one."""
     size = head_bytes(head)
+    own = plan.training
+    order = np.array([own.epochs, own.batch_size], np.int64)
     return replace(
         progress,
         round=plan.round,
+        abandoned=0 if quorate else progress.abandoned + 1,
+        cohorts=extend_digest(progress.cohorts, [plan.clients]),
+        batches=extend_digest(
+            progress.batches, [plan.batch_keys, order, updates.clients, updates.num_examples]
+        ),
         bytes_down=progress.bytes_down + size * len(plan.clients),
         bytes_up=progress.bytes_up + size * len(updates.clients),
         client_rounds=progress.client_rounds + len(updates.clients),
@@ -224,18 +220,21 @@ def _record(
     updates: ClientUpdates,
     norms: Float64,
     progress: Progress,
+    quorate: bool,
 ) -> tuple[dict[str, list[Any]], Progress]:
     """Append the clients' rows; return the round's row (without its seconds)."""
-    scenario, population = federation.scenario, federation.population
-    blocks = [_training_rows(population, plan, updates, norms)]
+    scenario, roster = federation.scenario, federation.roster
+    blocks = [_training_rows(roster, plan, updates, norms, quorate)]
     size = head_bytes(state.head)
-    trained = updates.num_examples.sum()
+    trained = max(1, updates.num_examples.sum())
+    loss = float((updates.loss * updates.num_examples).sum() / trained)
     row: dict[str, list[Any]] = {
         "round": [plan.round],
         "cohort": [len(plan.clients)],
         "accepted": [len(updates.clients)],
+        "abandoned": [not quorate],
         "learning_rate": [plan.training.learning_rate],
-        "train_loss": [defined(float((updates.loss * updates.num_examples).sum() / trained))],
+        "train_loss": [defined(loss) if len(updates.clients) else None],
         "bytes_up": [size * len(updates.clients)],
         "bytes_down": [size * len(plan.clients)],
     }
@@ -246,9 +245,9 @@ def _record(
         )
     )  # fmt: skip
     if plan.round % scenario.evaluation.every == 0 or plan.round == scenario.rounds:
-        clients = judged_clients(scenario, population.num_clients)
+        clients = judged_clients(scenario, roster.num_clients)
         metrics = federation.engine.evaluate(state.head, clients)
-        names = population.columns(metrics.clients)
+        names = roster.columns(metrics.clients)
         each = per_client(metrics)
         blocks.append(client_rows(plan.round, metrics.clients, each, names, "test"))
         facts = overall(metrics).as_facts()
@@ -258,23 +257,24 @@ def _record(
 
 
 def _training_rows(
-    population: Population, plan: RoundPlan, updates: ClientUpdates, norms: Float64
+    roster: Roster, plan: RoundPlan, updates: ClientUpdates, norms: Float64, quorate: bool
 ) -> dict[str, Any]:
     """One row per planned client: what it trained, or why it is not in the round."""
     failed = updates.failures
     absent = [None] * len(failed)
     clients = np.concatenate([updates.clients, np.array([f.client for f in failed], np.int64)])
     size = len(clients)
+    used = "ok" if quorate else "unused: the round missed the quorum"
     return {
         **dict.fromkeys(CLIENTS.names, [None] * size),
         "round": np.full(size, plan.round, np.int32),
         "client": clients,
-        **population.columns(clients),
+        **roster.columns(clients),
         "split": ["train"] * size,
-        "examples": population.train.counts[clients],
+        "examples": roster.train[clients],
         "loss": [*map(defined, updates.loss.tolist()), *absent],
         "update_norm": [*norms.tolist(), *absent],
-        "status": ["ok"] * len(norms) + [f"refused: {f.reason}" for f in failed],
+        "status": [used] * len(norms) + [f"unused: {f.reason}" for f in failed],
     }
 
 
@@ -320,6 +320,7 @@ def _restore(
     if not allow_changes:
         check_identity(commit.facts["identity"], federation.identity, str(folder.path))
     saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
+    saved["abandoned"] = 0  # whoever resumes has a reason to hope for more answers
     tensors = commit.tensors
     fresh = federation.strategy.init(federation.head)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

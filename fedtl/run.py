@@ -36,8 +36,9 @@ from fedtl.evaluation.verdicts import Verdict, give_verdict
 from fedtl.failpoints import failpoint
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
+from fedtl.planning import judged_clients, local_training
 from fedtl.results.runs import SCENARIO, RunFolder, refuse_taken
-from fedtl.rounds import Federation, Progress, judged_clients, local_training, run_rounds
+from fedtl.rounds import Progress, run_rounds
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.types import ClientUpdates, Head
@@ -189,9 +190,10 @@ def _conclude(
 ) -> dict[str, Any]:
     """Judge the final head beside its references and write everything down."""
     federation = built.federation
-    judged = judged_clients(federation.scenario, federation.population.num_clients)
+    roster = federation.roster
+    judged = judged_clients(federation.scenario, roster.num_clients)
     began = time.perf_counter()
-    judgements = _judgements(federation, folder, observer, interrupts, head, judged)
+    judgements = _judgements(built, folder, observer, interrupts, head, judged)
     references_seconds = time.perf_counter() - began
     # Where only some clients were also trained alone, the verdict is about those.
     compared = judgements.pop("federated_sample", judgements["federated"])
@@ -199,10 +201,10 @@ def _conclude(
         compared,
         judgements.get("local_only"),
         judgements.get("centralised"),
-        [federation.population.names[i] for i in compared.clients.tolist()],
+        [roster.names[i] for i in compared.clients.tolist()],
     )
     mine, rounds = judgements["federated"], federation.scenario.rounds
-    columns = federation.population.columns(mine.clients)
+    columns = roster.columns(mine.clients)
     folder.clients.append(client_rows(rounds, mine.clients, mine.everyone, columns, "everyone"))
     references = {name: found for name, found in judgements.items() if name != "federated"}
     folder.write_tables(beside(references, rounds))
@@ -231,7 +233,7 @@ def _conclude(
 
 
 def _judgements(
-    federation: Federation,
+    built: Built,
     folder: RunFolder,
     observer: Observer,
     interrupts: Interrupts,
@@ -239,7 +241,8 @@ def _judgements(
     judged: np.ndarray[tuple[int], np.dtype[np.int64]],
 ) -> dict[str, Judgement]:
     """The federated head and every reference the scenario asks for, each judged twice."""
-    scenario, population = federation.scenario, federation.population
+    federation, population = built.federation, built.population
+    scenario = federation.scenario
     judge = Judge(
         population,
         judged,
@@ -283,7 +286,7 @@ def _head_card(built: Built, opened: OpenedData) -> dict[str, str]:
         "backbone_sha256": opened.backbone.weights_hash,
         "cut": opened.backbone.cut,
         "kind": federation.scenario.head.kind,
-        "classes": "\n".join(federation.population.classes),
+        "classes": "\n".join(federation.roster.classes),
     }
 
 
@@ -297,7 +300,7 @@ def _summary(
 ) -> dict[str, Any]:
     """The part of ``summary.json`` that is the same on every machine and engine."""
     federation = built.federation
-    scenario, population = federation.scenario, federation.population
+    scenario, roster = federation.scenario, federation.roster
     return {
         "name": scenario.name,
         "scenario_hash": federation.identity["scenario_hash"],
@@ -305,20 +308,22 @@ def _summary(
         "seed": scenario.seed,
         "strategy": scenario.strategy.name,
         "rounds_completed": progress.round,
-        "num_clients": population.num_clients,
+        "num_clients": roster.num_clients,
         "head_sha256": head_hash(head),
         "final": judgements["federated"].facts,
         "references": {n: j.facts for n, j in judgements.items() if n != "federated"},
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "epsilon": None,
+        "cohorts_blake2b": progress.cohorts,
+        "batches_blake2b": progress.batches,
         "verdict": asdict(verdict),
         "data": {
             "fingerprint": built.features.examples.fingerprint,
             "examples": len(built.features.examples),
-            "train": len(population.train.index),
-            "test": len(population.test.index),
-            "classes": len(population.classes),
+            "train": int(roster.train.sum()),
+            "test": int(roster.test.sum()),
+            "classes": len(roster.classes),
             "skipped_examples": len(opened.examples) - len(built.features.examples),
             "excluded_clients": len(built.features.split.excluded),
             "leaks_train_test": built.leaks.train_test,
@@ -329,7 +334,7 @@ def _summary(
             "cut": opened.backbone.cut,
             "weights_sha256": opened.backbone.weights_hash,
             "weights_source": opened.backbone.weights_source,
-            "features": int(population.features.shape[1]),
+            "features": roster.width,
             **built.features.facts,
         },
     }

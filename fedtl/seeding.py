@@ -15,8 +15,16 @@ import numpy.typing as npt
 
 
 def _digest(seed: int, purpose: str, indices: Iterable[int], size: int) -> bytes:
-    text = "/".join([str(int(seed)), purpose, *(str(int(i)) for i in indices)])
-    return hashlib.blake2b(text.encode(), digest_size=size, person=b"fedtl-stream").digest()
+    return _hash("/".join([str(int(seed)), purpose, *(str(int(i)) for i in indices)]), size)
+
+
+def _hash(text: str, size: int) -> bytes:
+    content = text.encode("utf-8", "surrogateescape")  # folder names may be any bytes
+    return hashlib.blake2b(content, digest_size=size, person=b"fedtl-stream").digest()
+
+
+def _key64(text: str) -> int:
+    return int.from_bytes(_hash(text, 8), "little")
 
 
 def key(seed: int, purpose: str, *indices: int) -> int:
@@ -29,6 +37,30 @@ def client_keys(
 ) -> npt.NDArray[np.uint64]:
     """One 64-bit key per client: ``key(seed, purpose, round, client)`` for each, shape [k]."""
     return np.array([key(seed, purpose, round, c) for c in clients.tolist()], dtype=np.uint64)
+
+
+def named_keys(seed: int, purpose: str, names: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """One 64-bit key per name, uint64 [K]: a client draws the same whoever else there is."""
+    prefix = f"{int(seed)}/{purpose}/name:"
+    return np.array([_key64(prefix + name) for name in names], dtype=np.uint64)
+
+
+def counted(
+    keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint64]:
+    """Number ``counters[i]`` of the splitmix64 stream of ``keys[i]``, for whole arrays at once.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    state = keys + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def fractions(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Random 64-bit numbers as float64 in [0, 1)."""
+    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:

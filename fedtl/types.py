@@ -6,7 +6,7 @@ Axes: K clients, k clients of a cohort, N examples, B batch, D features, C class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,36 @@ class ClientData:
 
 
 @dataclass(frozen=True)
+class Roster:
+    """What the server knows about the clients, whoever holds their data.
+
+    Attributes:
+        names: K client names.
+        domains: K domain names, one per client ("" where there are none).
+        classes: C class names.
+        train, test: examples that each client trains and is judged on, int64 [K].
+        width: D, of their features.
+    """
+
+    names: tuple[str, ...]
+    domains: tuple[str, ...]
+    classes: tuple[str, ...]
+    train: Int64
+    test: Int64
+    width: int
+
+    @property
+    def num_clients(self) -> int:
+        """K."""
+        return len(self.names)
+
+    def columns(self, clients: Int64) -> dict[str, list[str]]:
+        """The ``name`` and ``domain`` columns of a table with a row per given client."""
+        ids = clients.tolist()
+        return {"name": [self.names[i] for i in ids], "domain": [self.domains[i] for i in ids]}
+
+
+@dataclass(frozen=True)
 class Population:
     """All clients of a scenario over one feature matrix, without a copy per client.
 
@@ -83,10 +113,16 @@ class Population:
         """K."""
         return len(self.names)
 
-    def columns(self, clients: Int64) -> dict[str, list[str]]:
-        """The ``name`` and ``domain`` columns of a table with a row per given client."""
-        ids = clients.tolist()
-        return {"name": [self.names[i] for i in ids], "domain": [self.domains[i] for i in ids]}
+    def roster(self) -> Roster:
+        """What a server may know of this population."""
+        return Roster(
+            self.names,
+            self.domains,
+            self.classes,
+            self.train.counts,
+            self.test.counts,
+            int(self.features.shape[1]),
+        )
 
     def client(self, client: int, split: str = "train") -> ClientData:
         """One client's ``"train"`` or ``"test"`` examples (a copy)."""
@@ -119,12 +155,19 @@ class RoundPlan:
         clients: sorted client ids, int64 [k].
         batch_keys: the stream that orders each client's batches, uint64 [k].
         training: hyper-parameters of the round.
+        needed: answers with which the round may close, or None for all.
     """
 
     round: int
     clients: Int64
     batch_keys: UInt64
     training: LocalTraining
+    needed: int | None = None
+
+    def without(self, clients: Int64) -> RoundPlan:
+        """The plan for all its clients but the given ones."""
+        stay = ~np.isin(self.clients, clients)
+        return replace(self, clients=self.clients[stay], batch_keys=self.batch_keys[stay])
 
 
 @dataclass(frozen=True)

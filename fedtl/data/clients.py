@@ -12,7 +12,7 @@ from fedtl.data.examples import Examples
 from fedtl.data.partitions import Assignment
 from fedtl.errors import InputError
 from fedtl.scenario.schema import Clients
-from fedtl.types import Int32, Int64, Rows
+from fedtl.types import Int32, Int64, Rows, UInt64
 
 Mask = npt.NDArray[np.bool_]
 
@@ -57,7 +57,8 @@ def split_clients(
     if examples.is_test is not None:
         is_test = examples.is_test
     else:
-        is_test = stratified_test(assignment.client, num, examples.labels, test_fraction, seed)
+        keys = seeding.named_keys(seed, "split", assignment.names)
+        is_test = stratified_test(assignment.client, keys, examples.labels, test_fraction)
     trains = np.bincount(assignment.client[~is_test], minlength=num)
     stays = (held >= clients.min_examples) & (trains > 0)
     if not stays.any():
@@ -88,37 +89,46 @@ def split_clients(
     )
 
 
-def stratified_test(
-    client: Int32, num: int, labels: Int32, test_fraction: float, seed: int
-) -> Mask:
+def stratified_test(client: Int32, keys: UInt64, labels: Int32, test_fraction: float) -> Mask:
     """Which rows are test rows, bool [N], without a loop over rows or clients.
 
     Rows are sorted by client and class, in random order within both, and sampled systematically:
     at every 1/f-th place, from a random start for each client. A run of m rows then gets
     floor(f m) or ceil(f m) test rows, and every client and every class of a client is a run.
     A client of two rows or more has one of each kind at least; a single row is for training.
+
+    Args:
+        client: who holds each row, int32 [N].
+        keys: each client's own stream, uint64 [K]. The split of a client follows from its key, its
+            labels and the order of its rows: a real client that sees nobody else's draws the same.
+        labels: int32 [N].
+        test_fraction: in (0, 1).
     """
-    generator = seeding.generator(seed, "split")
+    num = len(keys)
     held = np.bincount(client, minlength=num)
     first = np.cumsum(held) - held
-    order = generator.permutation(len(client))
-    classes = int(labels.max(initial=0)) + 1
-    order = order[np.argsort(client[order] * np.int64(classes) + labels[order], kind="stable")]
-    start = generator.random(num)
+    order = np.argsort(client, kind="stable")
     owner = client[order]
     place = np.arange(len(order)) - first[owner]
+    shuffled = np.lexsort((seeding.counted(keys[owner], place + _DRAWS), labels[order], owner))
+    order = order[shuffled]
+    start, luck = (seeding.fractions(seeding.counted(keys, np.full(num, i))) for i in range(_DRAWS))
     # The product is rounded the same way for the end of one row and the start of the next, so
     # each step is 0 or 1 and the steps add up.
     chosen = np.floor((place + 1) * test_fraction + start[owner]) > np.floor(
         place * test_fraction + start[owner]
     )
     tests = np.bincount(owner[chosen], minlength=num)
-    lucky = first + (generator.random(num) * held).astype(np.int64)
+    lucky = first + (luck * held).astype(np.int64)
     chosen[lucky[(tests == 0) & (held >= 2)]] = True
     chosen[lucky[(tests == held) & (held >= 1)]] = False
     is_test = np.empty(len(client), dtype=np.bool_)
     is_test[order] = chosen
     return is_test
+
+
+_DRAWS = 2
+"""Numbers of a client's stream that are taken before those of its rows."""
 
 
 def rows_by_client(client: Int32, stays: Mask, wanted: Mask) -> Rows:

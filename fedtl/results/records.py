@@ -23,6 +23,7 @@ ROUNDS = pa.schema(
         *_ROUND,
         ("cohort", pa.int32()),
         ("accepted", pa.int32()),
+        ("abandoned", pa.bool_()),
         ("learning_rate", pa.float64()),
         ("train_loss", pa.float64()),
         ("loss", pa.float64()),

@@ -104,4 +104,15 @@ def _references(scenario: Scenario) -> Iterator[Problem]:
         yield Problem("evaluation.references", "names one twice", repr(names))
 
 
-RULES = (_source, _partition, _backbone, _references)
+def _participation(scenario: Scenario) -> Iterator[Problem]:
+    for absence in scenario.participation.absent:
+        if absence.round > scenario.rounds:
+            yield Problem(
+                "participation.absent",
+                "names a round that the scenario does not have",
+                str(absence.round),
+                f"1 to {scenario.rounds}",
+            )
+
+
+RULES = (_source, _partition, _backbone, _references, _participation)

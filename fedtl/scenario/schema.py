@@ -180,6 +180,30 @@ class Adaptive(StrategySection):
 Strategy = Annotated[FedAvg | FedProx | FedAvgM | Adaptive, Field(discriminator="name")]
 
 
+class Absence(Section):
+    """Clients that do not answer in one round."""
+
+    round: Count
+    clients: Annotated[list[str], Field(min_length=1)] = Field(description="clients' names")
+
+
+class Participation(Section):
+    """How many answers a round needs, and who does not answer."""
+
+    quorum: Count = Field(
+        1, description="valid updates a round needs; with fewer the model stays as it is"
+    )
+    patience: Count = Field(
+        3, description="rounds in a row that may miss the quorum before the run stops"
+    )
+    over_selection: Annotated[float, Field(ge=1.0, le=10.0)] = Field(
+        1.0, description="this many times the cohort is asked; the first answers are used"
+    )
+    absent: list[Absence] = Field(
+        default_factory=list, description="simulation: who drops out, e.g. as in a real run"
+    )
+
+
 class Validation(Section):
     """Which updates are refused before anything is added."""
 
@@ -205,10 +229,31 @@ class Evaluation(Section):
 class Engine(Section):
     """Where clients live. No part of the answer, so no part of the scenario's hash."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ray", "flower"] = Field(
+        "local", description="in this process, on a Ray cluster, or behind Flower"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = Field(None, description="default: all cores the machine allows")
-    block_size: Count | None = Field(None, description="clients handed to a thread at a time")
+    threads: Count | None = Field(None, description="local: default all cores the machine allows")
+    block_size: Count | None = Field(
+        None, description="clients handed to a thread or worker at a time"
+    )
+    address: Annotated[str, Field(min_length=1, max_length=255)] | None = Field(
+        None, description="ray, flower: a running Ray cluster, e.g. 10.0.0.1:6379; default: our own"
+    )
+    num_cpus: Count | None = Field(
+        None, description="ray, flower: workers, one CPU each; default all cores the machine allows"
+    )
+    num_gpus: Annotated[float, Field(ge=0.0, le=64.0)] = Field(
+        0.0, description="ray, flower: GPUs of each worker, may be a fraction such as 0.25"
+    )
+    num_nodes: Count | None = Field(
+        None,
+        description="flower: simulated nodes, each hosts its share of clients; default workers",
+    )
+    deadline_seconds: Positive | None = Field(
+        None, description="a round closes then without who is missing; real clients: default 600"
+    )
+    join_seconds: Positive = Field(300.0, description="real clients: how long to wait for them")
 
 
 class Scenario(Section):
@@ -223,6 +268,7 @@ class Scenario(Section):
     head: Head = Head()
     training: Training = Training()
     strategy: Strategy = FedAvg()
+    participation: Participation = Participation()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
     engine: Engine = Engine()

@@ -40,7 +40,12 @@ def federation() -> Federation:
     )
     head = {"weight": np.zeros((2, 4), np.float32), "bias": np.zeros(2, np.float32)}
     return Federation(
-        scenario, people, head, make_strategy(scenario.strategy), LocalEngine(people, 1), {}
+        scenario,
+        people.roster(),
+        head,
+        make_strategy(scenario.strategy),
+        LocalEngine(people, 1),
+        {},
     )
 
 

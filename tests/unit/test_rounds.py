@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from fedtl.engines import LocalEngine
 from fedtl.errors import InputError, Interrupted, PolicyStop
 from fedtl.interrupts import Interrupts
+from fedtl.planning import sample_cohort, scheduled_rate
 from fedtl.results.runs import RunFolder
-from fedtl.rounds import Federation, run_rounds, sample_cohort, scheduled_rate
+from fedtl.rounds import Federation, run_rounds
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
 from fedtl.types import Population
@@ -28,7 +30,7 @@ def federation(population: Population, engine=None, **changes) -> Federation:
     head = {"weight": np.zeros((classes, width), np.float32), "bias": np.zeros(classes, np.float32)}
     engine = engine or LocalEngine(population, 1)
     strategy = make_strategy(scenario.strategy)
-    return Federation(scenario, population, head, strategy, engine, {"scenario_hash": "a"})
+    return Federation(scenario, population.roster(), head, strategy, engine, {"scenario_hash": "a"})
 
 
 def run(made: Federation, path: Path, interrupts: Interrupts | None = None, observe=None, **more):
@@ -181,7 +183,9 @@ def _plan(population: Population):
     from fedtl.strategies import ServerState
 
     made = federation(population)
-    return plan_round(made, ServerState(made.head), 1)
+    return plan_round(
+        made.scenario, made.roster.num_clients, made.strategy, ServerState(made.head), 1
+    )
 
 
 def test_divergence_stops_with_the_last_commit_kept(population: Population, tmp_path: Path) -> None:
@@ -225,18 +229,17 @@ def test_evaluation_every_so_often_leaves_nulls_and_judges_the_last(
 
 
 def test_cohorts_are_seeded_sorted_distinct_and_of_the_right_size() -> None:
-    seen = [sample_cohort(7, round, 1000, 0.1) for round in range(1, 4)]
+    seen = [sample_cohort(7, round, 1000, 100) for round in range(1, 4)]
     assert all(len(set(c.tolist())) == 100 and (np.diff(c) > 0).all() for c in seen)
-    assert seen[0].tolist() == sample_cohort(7, 1, 1000, 0.1).tolist()
+    assert seen[0].tolist() == sample_cohort(7, 1, 1000, 100).tolist()
     assert seen[0].tolist() != seen[1].tolist()
-    assert sample_cohort(7, 1, 3, 0.01).shape == (1,)
-    assert sample_cohort(7, 1, 5, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert sample_cohort(7, 1, 5, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_every_client_is_sampled_about_equally_often() -> None:
     counts = np.zeros(20)
     for round in range(2000):
-        counts[sample_cohort(0, round, 20, 0.25)] += 1
+        counts[sample_cohort(0, round, 20, 5)] += 1
     # mean 500, standard deviation about 19: six of them never happen by chance
     assert np.abs(counts - 500).max() < 6 * 19.4
 
@@ -341,3 +344,106 @@ def test_one_client_federated_is_plain_sgd_on_its_data(
         plan = RoundPlan(round, np.array([0]), keys, LocalTraining(2, 8, 0.05))
         heads = train_clients(alone, federation(alone).head, plan, initial=heads).tensors
     assert all(state.head[name].tobytes() == heads[name][0].tobytes() for name in state.head)
+
+
+class Sparse:
+    """The local engine, but only some clients answer in a round."""
+
+    def __init__(self, population: Population, answers: Callable[[int], list[int]]) -> None:
+        self.inner, self.answers = LocalEngine(population, 1), answers
+
+    def run_clients(self, plan, head):
+        kept = np.intersect1d(plan.clients, self.answers(plan.round))
+        left = np.setdiff1d(plan.clients, kept)
+        return self.inner.run_clients(plan.without(left), head) if len(kept) else []
+
+    def evaluate(self, head, clients):
+        return self.inner.evaluate(head, clients)
+
+
+def test_a_round_below_its_quorum_changes_nothing(population: Population, tmp_path: Path) -> None:
+    engine = Sparse(population, lambda round: [0, 2] if round == 2 else [0, 1, 2, 3, 4])
+    made = federation(population, engine, rounds=2, participation={"quorum": 3})
+    rows: list = []
+    state, progress = run(made, tmp_path / "run", observe=lambda row, updates: rows.append(row))
+    one, _ = run(federation(population, rounds=1), tmp_path / "one")
+    assert same_bits(state, one)
+    assert (progress.round, progress.abandoned) == (2, 1)
+    assert [row["abandoned"] for row in rows] == [False, True]
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    second = clients[(clients["round"] == 2) & (clients["split"] == "train")]
+    assert dict(zip(second["client"], second["status"], strict=True)) == {
+        0: "unused: the round missed the quorum",
+        2: "unused: the round missed the quorum",
+        1: "unused: no answer",
+        3: "unused: no answer",
+        4: "unused: no answer",
+    }
+
+
+def test_a_run_without_its_quorum_stops_and_can_go_on(
+    population: Population, tmp_path: Path
+) -> None:
+    engine = Sparse(population, lambda round: [0, 1, 2, 3, 4] if round == 1 else [])
+    participation = {"quorum": 2, "patience": 2}
+    made = federation(population, engine, rounds=6, participation=participation)
+    with pytest.raises(PolicyStop, match=r"2 rounds in a row missed the quorum.*client-0: no ans"):
+        run(made, tmp_path / "run")
+    back = federation(population, rounds=6, participation=participation)
+    state, progress = run(back, tmp_path / "run")
+    absent = [{"round": r, "clients": list(population.names)} for r in (2, 3)]
+    replayed, _ = run(
+        federation(population, rounds=6, participation={**participation, "patience": 9,
+                                                        "absent": absent}),
+        tmp_path / "replayed",
+    )  # fmt: skip
+    assert progress.round == 6
+    assert same_bits(state, replayed)
+
+
+def test_absent_clients_are_as_those_that_do_not_answer(
+    population: Population, tmp_path: Path
+) -> None:
+    engine = Sparse(population, lambda round: [0, 1, 3] if round == 3 else [0, 1, 2, 3, 4])
+    silent, _ = run(federation(population, engine), tmp_path / "silent")
+    absent = [{"round": 3, "clients": ["client-2", "client-4"]}]
+    made = federation(population, participation={"absent": absent})
+    replayed, _ = run(made, tmp_path / "replayed")
+    assert same_bits(silent, replayed)
+    wrong = [{"round": 1, "clients": ["client-22"]}]
+    with pytest.raises(InputError, match="Did you mean 'client-2'"):
+        run(federation(population, participation={"absent": wrong}), tmp_path / "wrong")
+
+
+def test_over_selection_asks_more_and_uses_the_first(
+    population: Population, tmp_path: Path
+) -> None:
+    changes = {"clients": {"fraction": 0.4}, "participation": {"over_selection": 2.0}}
+    made = federation(population, **changes)
+    seen: list = []
+    state, progress = run(made, tmp_path / "run", observe=lambda row, updates: seen.append(updates))
+    assert progress.client_rounds == 2 * 4
+    for updates in seen:
+        assert len(updates.clients) == 2
+        assert len(updates.failures) == 2
+        assert {f.reason for f in updates.failures} == {"late: the round had its 2 answers"}
+    assert len({tuple(u.clients.tolist()) for u in seen}) > 1
+    blocks, _ = run(
+        federation(population, LocalEngine(population, 2, block_size=1), **changes),
+        tmp_path / "blocks",
+    )
+    assert same_bits(state, blocks)
+
+
+def test_two_runs_can_be_compared_by_what_they_planned(
+    population: Population, tmp_path: Path
+) -> None:
+    _, a = run(federation(population), tmp_path / "a")
+    _, b = run(federation(population, LocalEngine(population, 2)), tmp_path / "b")
+    _, c = run(federation(population, seed=1), tmp_path / "c")
+    _, d = run(
+        federation(population, training={"local_epochs": 1, "batch_size": 8}), tmp_path / "d"
+    )
+    assert (a.cohorts, a.batches) == (b.cohorts, b.batches)
+    assert a.cohorts == c.cohorts == d.cohorts  # everybody takes part
+    assert len({a.batches, c.batches, d.batches}) == 3

@@ -4,7 +4,7 @@ from fedtl import seeding
 
 PERMUTATION = [7, 4, 3, 9, 1, 6, 8, 5, 2, 0]
 UNIFORM = [0.943998158615, 0.764067658952]
-QUICKSTART_SPLIT = "2602dbcef4f9fdb7"
+QUICKSTART_SPLIT = "050730eb6364af77"
 
 
 def test_a_key_depends_on_every_part_and_nothing_else() -> None:
@@ -36,6 +36,22 @@ def test_generators_repeat_and_differ() -> None:
 def test_streams_are_fixed_for_ever() -> None:
     # A change here changes every published result: it needs a new major version.
     assert seeding.key(7, "batches", 1, 2) == 16097588028831941773
+
+
+def test_a_name_has_one_stream_whoever_else_there_is() -> None:
+    keys = seeding.named_keys(7, "split", ("a", "b", "c"))
+    assert keys[1] == seeding.named_keys(7, "split", ("b",))[0]
+    assert len({*keys.tolist(), *seeding.named_keys(8, "split", ("a", "b", "c")).tolist()}) == 6
+
+
+def test_counted_streams_are_splitmix64() -> None:
+    # the first numbers of the published generator from seed 1234567
+    keys = np.full(3, 1234567, np.uint64)
+    numbers = seeding.counted(keys, np.arange(3)).tolist()
+    assert numbers == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    drawn = seeding.fractions(seeding.counted(np.zeros(10_000, np.uint64), np.arange(10_000)))
+    assert 0 <= drawn.min() < drawn.max() < 1
+    assert abs(drawn.mean() - 0.5) < 6 * (1 / 12 / 10_000) ** 0.5
 
 
 def test_numpys_draws_are_those_that_results_were_made_with() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtl import seeding
 from fedtl.data.clients import ClientSplit, split_clients, stratified_test
 from fedtl.data.examples import Examples
 from fedtl.data.partitions import Assignment, assign_clients
@@ -72,8 +73,24 @@ def test_each_row_is_equally_likely(make_examples: Callable[..., Examples]) -> N
     labels, client = np.array([0, 0, 0, 1, 1, 2] * 2), np.repeat([0, 1], 6)
     hits = np.zeros(12)
     for seed in range(600):
-        hits += stratified_test(client.astype(np.int32), 2, labels.astype(np.int32), 0.5, seed)
+        keys = seeding.named_keys(seed, "split", ("a", "b"))
+        hits += stratified_test(client.astype(np.int32), keys, labels.astype(np.int32), 0.5)
     assert np.abs(hits / 600 - 0.5).max() < 0.1
+
+
+def test_a_client_alone_splits_as_in_company(make_examples: Callable[..., Examples]) -> None:
+    """A real client that sees only its own rows must find the split that the simulation has."""
+    rng = np.random.default_rng(0)
+    labels, client = rng.integers(0, 4, 300), rng.integers(0, 5, 300)
+    together = split(make_examples(labels), client)
+    for k in range(5):
+        rows = np.flatnonzero(client == k)
+        alone = split_clients(
+            Assignment(np.zeros(len(rows), np.int32), (f"c{k}",), ("",)),
+            make_examples(labels[rows]), Clients(), 0.2, 0,
+        )  # fmt: skip
+        assert (rows[alone.test.index] == together.test.of(k)).all()
+        assert (rows[alone.train.index] == together.train.of(k)).all()
 
 
 def test_seeds(make_examples: Callable[..., Examples]) -> None:

@@ -1,0 +1,142 @@
+"""A round before it runs: who trains, in what batch order, with what hyper-parameters.
+
+Everything follows from the scenario and the seeded streams, so every engine and every resumed run
+has the same plan. Flower's own sampling is unseeded and its node ids are random: it has no say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from fedtl import seeding
+from fedtl.errors import InputError, nearest
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies.base import ServerState, Strategy
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining, RoundPlan
+
+
+def plan_round(
+    scenario: Scenario, num_clients: int, strategy: Strategy, state: ServerState, round: int
+) -> RoundPlan:
+    """The plan of a round (1 for the first), after the strategy has had its say."""
+    wanted = cohort_size(scenario, num_clients)
+    size = min(num_clients, math.ceil(wanted * scenario.participation.over_selection))
+    clients = sample_cohort(scenario.seed, round, num_clients, size)
+    keys = seeding.client_keys(scenario.seed, "batches", round, clients)
+    needed = wanted if wanted < size else None
+    plan = RoundPlan(round, clients, keys, local_training(scenario, round), needed)
+    return strategy.plan(state, plan)
+
+
+def local_training(scenario: Scenario, round: int) -> LocalTraining:
+    """What a client does with its data in a round, before the strategy has its say."""
+    section = scenario.training
+    return LocalTraining(
+        section.local_epochs,
+        section.batch_size,
+        scheduled_rate(scenario, round),
+        section.momentum,
+        section.weight_decay,
+    )
+
+
+def cohort_size(scenario: Scenario, num_clients: int) -> int:
+    """Clients whose updates a round shall have."""
+    return max(1, round_half_up(scenario.clients.fraction * num_clients))
+
+
+def sample_cohort(seed: int, round: int, num_clients: int, size: int) -> Int64:
+    """Sorted ids of a round's clients, drawn without replacement from the seeded stream."""
+    return _drawn(num_clients, size, seeding.generator(seed, "cohort", round))
+
+
+def judged_clients(scenario: Scenario, num_clients: int) -> Int64:
+    """The clients on whose test examples heads are judged, the same in every round."""
+    size = max(1, round_half_up(scenario.evaluation.fraction * num_clients))
+    return _drawn(num_clients, size, seeding.generator(scenario.seed, "judged"))
+
+
+def _drawn(num_clients: int, size: int, stream: np.random.Generator) -> Int64:
+    """``size`` of all clients without replacement, sorted; all where that many are wanted."""
+    if size >= num_clients:
+        return np.arange(num_clients, dtype=np.int64)
+    return np.sort(stream.choice(num_clients, size, replace=False).astype(np.int64))
+
+
+def round_half_up(value: float) -> int:
+    """Nearest whole number; halves go up, as people expect of "10 % of 25"."""
+    return math.floor(value + 0.5)
+
+
+def scheduled_rate(scenario: Scenario, round: int) -> float:
+    """The clients' learning rate in a round (1 for the first)."""
+    section = scenario.training
+    if section.schedule == "cosine":
+        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * (round - 1) / scenario.rounds))
+    if section.schedule == "exponential":
+        return float(section.learning_rate * section.decay ** (round - 1))
+    return section.learning_rate
+
+
+def absent_clients(scenario: Scenario, names: tuple[str, ...], round: int) -> Int64:
+    """Ids of the clients that the scenario has drop out of a round.
+
+    Raises:
+        InputError: a name that no client has.
+    """
+    missing = [c for a in scenario.participation.absent if a.round == round for c in a.clients]
+    if not missing:
+        return np.empty(0, np.int64)
+    ids = {name: client for client, name in enumerate(names)}
+    for name in missing:
+        if name not in ids:
+            hint = nearest(name, names)
+            raise InputError(
+                "no client has this name",
+                where=f"participation.absent, round {round}",
+                got=repr(name),
+                allowed=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+                do=f"Did you mean {hint!r}?" if hint else None,
+            )
+    return np.unique(np.array([ids[name] for name in missing], np.int64))
+
+
+def first_answers(
+    updates: ClientUpdates, norms: Float64, plan: RoundPlan, seed: int
+) -> tuple[ClientUpdates, Float64]:
+    """Of more answers than the round needs, the first ones.
+
+    Simulated clients answer in a seeded order. Where real ones were waited for, the engine closed
+    the round itself, and only those that came together are drawn from.
+    """
+    if plan.needed is None or len(updates.clients) <= plan.needed:
+        return updates, norms
+    arrival = seeding.client_keys(seed, "arrival", plan.round, updates.clients)
+    keep = np.sort(np.argsort(arrival, kind="stable")[: plan.needed])
+    late = np.setdiff1d(updates.clients, updates.clients[keep])
+    reason = f"late: the round had its {plan.needed} answers"
+    failures = [*updates.failures, *(ClientFailure(client, reason) for client in late.tolist())]
+    tensors = {name: tensor[keep] for name, tensor in updates.tensors.items()}
+    return replace(
+        updates,
+        clients=updates.clients[keep],
+        tensors=tensors,
+        num_examples=updates.num_examples[keep],
+        loss=updates.loss[keep],
+        failures=tuple(sorted(failures, key=lambda failure: failure.client)),
+    ), norms[keep]
+
+
+def extend_digest(
+    digest: str, arrays: Iterable[np.ndarray[tuple[int], np.dtype[np.generic]]]
+) -> str:
+    """A chain of hashes: BLAKE2b-256 over the last link and some arrays, 64 hex digits."""
+    link = hashlib.blake2b(digest.encode(), digest_size=32)
+    for array in arrays:
+        link.update(np.ascontiguousarray(array).tobytes())
+    return link.hexdigest()
