@@ -28,7 +28,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value; repeatable."),
 ]
-EngineName = Annotated[str | None, typer.Option("--engine", help="Where clients live: local.")]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="Where clients live: local, ray or flower.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
 
 
@@ -65,10 +67,11 @@ def run(
 ) -> None:
     """Run a scenario: plan, rounds, verdict."""
     from fedtl.interrupts import Interrupts
+    from fedtl.listings import print_seeds
     from fedtl.results.runs import refuse_taken
     from fedtl.run import new_run_path, run_scenario
     from fedtl.scenario.load import load_scenario, with_seed
-    from fedtl.terminal import Terminal, print_seeds
+    from fedtl.terminal import Terminal
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     path = out or new_run_path(chosen)
@@ -129,11 +132,46 @@ def check(
         typer.echo(json.dumps(facts, indent=2))
 
 
+@app.command()
+def parity(
+    scenario: ScenarioName,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a scenario on every engine and certify that all give the same head."""
+    from fedtl.errors import FedtlError
+    from fedtl.interrupts import Interrupts
+    from fedtl.listings import print_attempt, print_certificate
+    from fedtl.parity import Quiet, certify, ways
+    from fedtl.scenario.load import load_scenario
+
+    chosen = load_scenario(scenario, overrides or ())
+    console = _console(as_json)
+    with Interrupts() as interrupts:
+        quiet = Quiet(lambda note: console.print(note, style="yellow", markup=False))
+        certificate = certify(
+            chosen,
+            quiet,
+            interrupts,
+            ways(chosen),
+            lambda a: print_attempt(console, a.engine, a.seconds, a.reason),
+        )
+    print_certificate(console, certificate.as_facts())
+    if as_json:
+        typer.echo(json.dumps(certificate.as_facts(), indent=2))
+    if not certificate.equal:
+        raise FedtlError(
+            "the engines do not agree: this is a bug in fedtl",
+            where=scenario,
+            do="Report it with the certificate (--json)",
+        )
+
+
 @app.command("list")
 def list_names(as_json: AsJson = False) -> None:
     """Show what there is to choose from."""
     from fedtl.choices import choices
-    from fedtl.terminal import print_choices
+    from fedtl.listings import print_choices
 
     found = choices()
     if as_json:
@@ -147,7 +185,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Say whether this machine can run fedtl, and what to mend where it cannot."""
     from fedtl.doctor import examine
     from fedtl.errors import EnvironmentFault
-    from fedtl.terminal import print_findings
+    from fedtl.listings import print_findings
 
     findings = examine()
     if as_json:
@@ -170,7 +208,7 @@ def schema() -> None:
 @cache_app.command("ls")
 def cache_ls(as_json: AsJson = False) -> None:
     """List the feature store's entries."""
-    from fedtl.terminal import print_entries
+    from fedtl.listings import print_entries
     from fedtl.transfer.features import FeatureStore
 
     store = FeatureStore()

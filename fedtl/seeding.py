@@ -55,12 +55,12 @@ def counted(
     state = keys + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return np.asarray(state ^ (state >> np.uint64(31)))
 
 
 def fractions(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """Random 64-bit numbers as float64 in [0, 1)."""
-    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray((numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:

@@ -6,10 +6,8 @@ On a terminal it moves; elsewhere (a log file, CI) it is plain lines, one a roun
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedtl.build import Built, OpenedData
-from fedtl.doctor import Finding
+from fedtl.build import OpenedData
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.scenario.schema import Scenario
-from fedtl.transfer.features import FeatureStore, StoreEntry
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -174,16 +170,11 @@ class Terminal:
             return
         self._show("images through the trunk", done, total)
 
-    def ready(self, built: Built) -> None:
+    def ready(self, notes: Sequence[str]) -> None:
         """Says what was found on the way."""
         self._stop()
-        for note in built.features.notes:
+        for note in notes:
             self.noted(note)
-        if built.leaks.train_test or built.leaks.between_clients:
-            self.noted(
-                f"the same content is in train and test {built.leaks.train_test} times and at "
-                f"two clients {built.leaks.between_clients} times; allowed here"
-            )
         if not self.console.is_terminal:
             self.console.print(_plain_row(COLUMNS), style="bold")
 
@@ -299,58 +290,3 @@ def next_commands(scenario: Scenario, name: str) -> list[str]:
         )
     width = max(len(command) for command, _ in commands)
     return [f"{command.ljust(width)}  # {why}" for command, why in commands]
-
-
-def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
-    """``fedtl list``."""
-    for kind, names in found.items():
-        console.print(f"[bold]{kind}[/]")
-        console.print(f"  {shown(', '.join(names))}\n", highlight=False)
-
-
-def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """``fedtl doctor``."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=2)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for finding in findings:
-        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        fix = "" if finding.ok else finding.fix
-        table.add_row(mark, finding.what, shown(finding.detail), shown(fix))
-    console.print(table)
-
-
-def print_entries(console: Console, store: FeatureStore, entries: Sequence[StoreEntry]) -> None:
-    """``fedtl cache ls``."""
-    table = plain_table("key", "backbone", "images", "size", "last used")
-    for entry in entries:
-        used = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
-        table.add_row(
-            entry.key[:16], shown(entry.backbone), f"{entry.images:,}", size(entry.num_bytes), used
-        )
-    console.print(table if entries else "the store is empty")
-    console.print(shown(str(store.root)), soft_wrap=True)
-
-
-def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
-    console.print()
-    names = ["federated", *summaries[0]["references"]]
-    table = plain_table("seed", *(f"{name} {place}" for name in names for place in ("own", "all")))
-    rows = [
-        [
-            facts[metric]
-            for facts in (summary["final"], *summary["references"].values())
-            for metric in ("accuracy", "accuracy_everyone")
-        ]
-        for summary in summaries
-    ]
-    for summary, row in zip(summaries, rows, strict=True):
-        table.add_row(str(summary["seed"]), *map(percent, row))
-    columns = list(zip(*rows, strict=True))
-    if all(value is not None for column in columns for value in column):
-        table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
-        table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))
-    console.print(table)

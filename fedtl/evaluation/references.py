@@ -133,7 +133,7 @@ def judge_alone(
         abroad = replace(judge.on_everyone(heads), clients=clients)
         own.append(mine)
         everyone.append(abroad)
-    judgement = _judgement(judge, join_metrics(own), join_metrics(everyone))
+    judgement = judged(join_metrics(own), join_metrics(everyone), len(judge.everyone))
     judgement.facts["epochs"] = sum(training.epochs for training in trainings)
     return judgement
 
@@ -160,23 +160,28 @@ def judge_shared(judge: Judge, head: Head) -> Judgement:
         judge.population, head, judge.clients, threads=judge.threads, device=judge.device
     )
     shared = judge.on_everyone({name: tensor[None] for name, tensor in head.items()})
-    size = len(judge.clients)
-    everyone = ClientMetrics(
-        judge.clients,
+    return judged(own, for_each(shared, judge.clients), len(judge.everyone))
+
+
+def for_each(shared: ClientMetrics, clients: Int64) -> ClientMetrics:
+    """The metrics of one head, a single row, as those of every client."""
+    size = len(clients)
+    return ClientMetrics(
+        clients,
         np.repeat(shared.loss_sum, size),
         np.repeat(shared.correct, size, axis=0),
         np.repeat(shared.count, size, axis=0),
     )
-    return _judgement(judge, own, everyone)
 
 
-def _judgement(judge: Judge, own: ClientMetrics, everyone: ClientMetrics) -> Judgement:
+def judged(own: ClientMetrics, everyone: ClientMetrics, num_everyone: int) -> Judgement:
+    """A judgement from sums: on each client's own test examples and on ``num_everyone`` of all."""
     each, everywhere = per_client(own), per_client(everyone)
     facts: dict[str, Any] = dict(overall(own).as_facts())
     facts["accuracy_everyone"] = defined(float(np.mean(everywhere.accuracy)))
-    facts["examples_everyone"] = len(judge.everyone)
-    facts["clients"] = len(judge.clients)
-    return Judgement(judge.clients, facts, each, everywhere)
+    facts["examples_everyone"] = num_everyone
+    facts["clients"] = len(own.clients)
+    return Judgement(own.clients, facts, each, everywhere)
 
 
 def beside(references: Mapping[str, Judgement], last_round: int) -> Complete:

@@ -55,13 +55,25 @@ def give_verdict(
         better, worse = int((sign > 0).sum()), int((sign < 0).sum())
         similar = int(judged.sum()) - better - worse
         found = _against(federated, alone)
-        headline = HEADLINES[found["home"][1], found["everyone"][1]]
-        lines += [
+        lines.append(
             f"At home (each client's own tests): federated {right}, "
-            f"alone {_percent(alone.facts['accuracy'])}: {_difference(found['home'])}.",
-            f"Everywhere (everybody's tests): federated "
-            f"{_percent(federated.facts['accuracy_everyone'])}, alone on average "
-            f"{_percent(alone.facts['accuracy_everyone'])}: {_difference(found['everyone'])}.",
+            f"alone {_percent(alone.facts['accuracy'])}: {_difference(found['home'])}."
+        )
+        if alone.facts["accuracy_everyone"] is None:  # own heads never left their clients
+            headline = HEADLINES_AT_HOME[found["home"][1]]
+            lines.append(
+                "Everywhere (everybody's tests): federated "
+                f"{_percent(federated.facts['accuracy_everyone'])}; the clients' own heads stayed "
+                "with them and are not known there."
+            )
+        else:
+            headline = HEADLINES[found["home"][1], found["everyone"][1]]
+            lines.append(
+                f"Everywhere (everybody's tests): federated "
+                f"{_percent(federated.facts['accuracy_everyone'])}, alone on average "
+                f"{_percent(alone.facts['accuracy_everyone'])}: {_difference(found['everyone'])}."
+            )
+        lines += [
             f"Client by client at home: {better} clearly better off federated, {worse} clearly "
             f"better off alone, {similar} too close to call.",
         ]
@@ -103,6 +115,13 @@ HEADLINES: dict[tuple[str, str], str] = {
     ("loss", "loss"): "Stay alone: the federated head is worse at home and elsewhere.",
 }
 """By what federating does on the clients' own tests and on everybody's."""
+
+HEADLINES_AT_HOME = {
+    "gain": "Federating pays at home: the federated head is better on the clients' own tests.",
+    "none": "No clear difference at home; own heads' worth elsewhere is not known.",
+    "loss": "At home the clients' own heads are better; their worth elsewhere is not known.",
+}
+"""The same where the clients' own heads were judged at home only."""
 
 
 def compare(a: Float64, b: Float64, examples: Int64) -> npt.NDArray[np.int64]:

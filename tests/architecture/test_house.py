@@ -19,10 +19,12 @@ FLOORS = (
     {"transfer"},
     {"clients", "privacy"},
     {"strategies", "engines", "evaluation"},
-    {"rounds"},
+    {"planning", "rounds"},
     {"build"},
-    {"forecast", "run", "check", "choices", "doctor", "terminal"},
-    {"cli"},
+    {"conduct"},
+    {"forecast", "run", "check", "choices", "doctor", "terminal", "listings"},
+    {"deployment", "parity"},
+    {"cli", "server_commands", "client_commands"},
 )
 """Rooms by floor, lowest first; a room imports from its own floor and from below."""
 
@@ -31,8 +33,8 @@ LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 ONLY_IN = {
     "flwr": ("engines/flower", "strategies/flower", "data/flwr"),
     "ray": ("engines/ray",),
-    "rich": ("terminal", "cli", "check"),
-    "typer": ("cli",),
+    "rich": ("terminal", "listings", "cli", "check", "server_commands", "client_commands"),
+    "typer": ("cli", "server_commands", "client_commands"),
 }
 """Where a package may be imported at all; flwr_datasets counts as flwr."""
 

@@ -84,7 +84,7 @@ def test_the_run_folder_is_as_designed(summary: dict, place: Path) -> None:
 def test_the_head_says_what_it_fits(summary: dict, place: Path) -> None:
     import numpy as np
 
-    from fedtl.run import head_hash
+    from fedtl.conduct import head_hash
 
     with safe_open(place / "run" / "head.safetensors", "np") as file:
         tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118

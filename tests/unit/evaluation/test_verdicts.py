@@ -5,7 +5,7 @@ import pytest
 
 from fedtl.evaluation.metrics import PerClient
 from fedtl.evaluation.references import Judgement
-from fedtl.evaluation.verdicts import HEADLINES, compare, give_verdict
+from fedtl.evaluation.verdicts import HEADLINES, HEADLINES_AT_HOME, compare, give_verdict
 
 EXAMPLES = 200
 
@@ -35,6 +35,15 @@ def test_the_headline_follows_from_both_comparisons(home: str, everyone: str) ->
     assert verdict.headline == HEADLINES[home, everyone]
     assert verdict.lines[0].endswith("within noise.") == (home == "none")
     assert verdict.lines[1].endswith("within noise.") == (everyone == "none")
+
+
+@pytest.mark.parametrize("home", list(LEVEL))
+def test_heads_that_never_left_their_clients_are_judged_at_home_only(home: str) -> None:
+    federated, alone = judgement([LEVEL[home][0]] * 2, 0.8), judgement([LEVEL[home][1]] * 2, 0.0)
+    alone.facts["accuracy_everyone"] = None
+    verdict = give_verdict(federated, alone, None, ["a", "b"])
+    assert verdict.headline == HEADLINES_AT_HOME[home]
+    assert "80.0 %; the clients' own heads stayed with them" in verdict.lines[1]
 
 
 def test_small_samples_are_not_clear() -> None:

@@ -1,0 +1,96 @@
+"""Tables that commands print once: choices, findings, stored features, seeds, certificates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedtl.doctor import Finding
+from fedtl.terminal import percent, plain_table, shown, size
+from fedtl.transfer.features import FeatureStore, StoreEntry
+
+
+def print_attempt(console: Console, engine: str, seconds: float, reason: str | None) -> None:
+    """One engine of ``fedtl parity`` is done."""
+    console.print(f"[dim]{shown(engine)}: {shown(reason or f'{seconds:.1f} s')}[/]")
+
+
+def print_certificate(console: Console, facts: Mapping[str, Any]) -> None:
+    """``fedtl parity``: what each engine gave, and whether all gave the same."""
+    console.print(
+        f"\n[bold]{shown(facts['name'])}[/] [dim]scenario {facts['scenario_hash'][:16]}[/]"
+    )
+    table = plain_table("engine", "head", "cohorts", "batches", "bytes up / down", "s")
+    for one in facts["engines"]:
+        if one["not_run"]:
+            table.add_row(shown(one["engine"]), "not run", "", "", "", "")
+            continue
+        hashes = [one[key][:12] for key in ("head_sha256", "cohorts_blake2b", "batches_blake2b")]
+        moved = f"{one['bytes_up']:,} / {one['bytes_down']:,}"
+        table.add_row(shown(one["engine"]), *hashes, moved, f"{one['seconds']:.1f}")
+    console.print(table)
+    if facts["equal"]:
+        ran = sum(not one["not_run"] for one in facts["engines"])
+        console.print(f"[bold green]equal[/]: {ran} ways to run it, one answer to the last bit")
+    else:
+        console.print("[bold red]not equal[/]")
+
+
+def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
+    """``fedtl list``."""
+    for kind, names in found.items():
+        console.print(f"[bold]{kind}[/]")
+        console.print(f"  {shown(', '.join(names))}\n", highlight=False)
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """``fedtl doctor``."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=2)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
+        fix = "" if finding.ok else finding.fix
+        table.add_row(mark, finding.what, shown(finding.detail), shown(fix))
+    console.print(table)
+
+
+def print_entries(console: Console, store: FeatureStore, entries: Sequence[StoreEntry]) -> None:
+    """``fedtl cache ls``."""
+    table = plain_table("key", "backbone", "images", "size", "last used")
+    for entry in entries:
+        used = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
+        table.add_row(
+            entry.key[:16], shown(entry.backbone), f"{entry.images:,}", size(entry.num_bytes), used
+        )
+    console.print(table if entries else "the store is empty")
+    console.print(shown(str(store.root)), soft_wrap=True)
+
+
+def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
+    console.print()
+    names = ["federated", *summaries[0]["references"]]
+    table = plain_table("seed", *(f"{name} {place}" for name in names for place in ("own", "all")))
+    rows = [
+        [
+            facts[metric]
+            for facts in (summary["final"], *summary["references"].values())
+            for metric in ("accuracy", "accuracy_everyone")
+        ]
+        for summary in summaries
+    ]
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(str(summary["seed"]), *map(percent, row))
+    columns = list(zip(*rows, strict=True))
+    if all(value is not None for column in columns for value in column):
+        table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
+        table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))
+    console.print(table)
