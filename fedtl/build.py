@@ -139,7 +139,11 @@ def open_data(scenario: Scenario) -> OpenedData:
     Raises:
         InputError: the data or weights are missing, broken, or do not fit the scenario.
     """
-    examples = load_examples(scenario.data)
+    return open_examples(scenario, load_examples(scenario.data))
+
+
+def open_examples(scenario: Scenario, examples: Examples) -> OpenedData:
+    """The same for examples that are here already."""
     if examples.features is not None and scenario.backbone.name != "identity":
         raise InputError(
             "the data are features already, and a backbone takes images",
@@ -200,6 +204,20 @@ def make_features(opened: OpenedData, progress: ExtractionProgress | None = None
     )
 
 
+def population_of(features: ReadyFeatures) -> Population:
+    """Who holds which features."""
+    examples, split = features.examples, features.split
+    return Population(
+        features.matrix,
+        examples.labels,
+        examples.classes,
+        split.train,
+        split.test,
+        split.names,
+        split.domains,
+    )
+
+
 def make_federation(opened: OpenedData, progress: ExtractionProgress | None = None) -> Built:
     """Features, population, head, strategy and engine of a scenario.
 
@@ -212,15 +230,7 @@ def make_federation(opened: OpenedData, progress: ExtractionProgress | None = No
     split, examples = features.split, features.examples
     leaks = find_leaks(features.content, split, examples)
     check_leaks(leaks, scenario.data.leakage)
-    population = Population(
-        features.matrix,
-        examples.labels,
-        examples.classes,
-        split.train,
-        split.test,
-        split.names,
-        split.domains,
-    )
+    population = population_of(features)
     head = initial_head(
         scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
     )

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtl.client_commands import app as client_app
+from fedtl.server_commands import app as server_app
+
 app = typer.Typer(
     name="fedtl",
     no_args_is_help=True,
@@ -20,6 +23,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the feature store.")
 app.add_typer(cache_app, name="cache")
+app.add_typer(server_app, name="server")
+app.add_typer(client_app, name="client")
 
 ScenarioName = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A name from scenarios/ or a path to a .toml.")

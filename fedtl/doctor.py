@@ -76,14 +76,15 @@ def _gpu() -> Finding:
 def _store() -> Finding:
     from fedtl.transfer.features import FeatureStore
 
-    return _writable("feature store", FeatureStore().root)
+    return writable("feature store", FeatureStore().root)
 
 
 def _runs() -> Finding:
-    return _writable("run folder", Path.cwd())
+    return writable("run folder", Path.cwd())
 
 
-def _writable(what: str, folder: Path) -> Finding:
+def writable(what: str, folder: Path) -> Finding:
+    """Whether a folder can be written to and has room."""
     while not folder.exists():
         folder = folder.parent
     try:

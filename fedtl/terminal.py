@@ -162,6 +162,10 @@ class Terminal:
         self.console.print(plan_table(opened, plan))
         self.console.print()
 
+    def begin(self, scenario: Scenario) -> None:
+        """For a run whose data are elsewhere: there is no plan to print."""
+        self._rounds, self._scenario = scenario.rounds, scenario
+
     def extracting(self, done: int, total: int) -> None:
         """Moves the bar of images."""
         if not self.console.is_terminal:

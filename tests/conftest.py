@@ -57,9 +57,19 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def make_population() -> Callable[[], Population]:
+    """Makes the population below, for fixtures that serve more than one test."""
+    return _population
+
+
 @pytest.fixture
 def population() -> Population:
     """Five ragged clients, three classes that a linear head can mostly tell apart."""
+    return _population()
+
+
+def _population() -> Population:
     rng = np.random.default_rng(0)
     counts, tests = [30, 7, 55, 12, 20], [8, 3, 10, 4, 5]
     total = sum(counts) + sum(tests)

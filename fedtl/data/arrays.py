@@ -1,4 +1,7 @@
-"""A ``.npz`` file: images or features, labels, and optionally domains, clients and a split."""
+"""A ``.npz`` file: images or features, labels, and optionally domains, clients and a split.
+
+A ``.csv`` file of features is read by ``csv_features`` and judged here like one.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl import machine
+from fedtl.data.csv_features import read_csv
 from fedtl.data.examples import (
     ArrayImages,
     Examples,
@@ -42,21 +46,22 @@ class Column:
     names: tuple[str, ...]
 
 
-def load_arrays(data: Data) -> Examples:
+def load_arrays(data: Data, *, one_client: bool = False) -> Examples:
     """Read ``x``, ``y`` and the optional ``domain``, ``client``, ``split`` and ``classes``.
 
     ``x`` is uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3] (images), or floating [n, d] (features,
     kept as float32). ``y``, ``domain`` and ``client`` are whole numbers or strings [n]; ``split``
     is bool (is test), 0 / 1, or "train" / "test"; ``classes`` names the labels 0 to C - 1.
+    ``one_client``: a single class will do, others may have more.
 
     Raises:
         InputError: everything wrong with the file at once.
         SecurityRefusal: it holds Python objects, which only pickle can read.
     """
     if data.path is None:
-        raise InputError("missing", where="data.path", do="Name the .npz file")
+        raise InputError("missing", where="data.path", do="Name the .npz or .csv file")
     path = Path(data.path)
-    arrays = read_npz(path)
+    arrays = read_csv(path) if path.suffix.lower() == ".csv" else read_npz(path)
     problems = [f"array {name!r} is missing" for name in ("x", "y") if name not in arrays]
     if problems:
         raise data_problems(str(path), problems)
@@ -82,7 +87,7 @@ def load_arrays(data: Data) -> Examples:
             columns["y"] = name_classes(arrays["y"], arrays["classes"])
         except ValueError as error:
             problems.append(str(error))
-    if "y" in columns and len(columns["y"].names) < 2:
+    if "y" in columns and len(columns["y"].names) < 2 and not one_client:
         problems.append("y has only one class; a classifier needs two")
     if problems:
         raise data_problems(str(path), problems)

@@ -26,6 +26,20 @@ class BadImage(Exception):
         super().__init__(f"{where}: {reason}")
 
 
+class BadFiles(InputError):
+    """Images that cannot be used, for a caller who may say how many but not which.
+
+    Attributes:
+        count: how many there are.
+    """
+
+    def __init__(
+        self, what: str, count: int, *, where: object, got: object, do: str | None
+    ) -> None:
+        self.count = count
+        super().__init__(what, where=where, got=got, do=do)
+
+
 class Images(Protocol):
     """Images that are decoded one at a time, from any thread."""
 

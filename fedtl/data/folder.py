@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtl.data.examples import Examples, content_fingerprint, data_problems
+from fedtl.data.examples import BadFiles, Examples, content_fingerprint, data_problems
 from fedtl.data.files import Files, open_files
 from fedtl.data.images import EXTENSIONS, FileImages
 from fedtl.errors import InputError, printable
@@ -25,11 +25,12 @@ TYPO_RATIO = 0.83
 """difflib's similarity of a slip in six letters; of horse and house it is 0.8."""
 
 
-def load_folder(data: Data) -> Examples:
+def load_folder(data: Data, *, one_client: bool = False) -> Examples:
     """Images in class folders; files are sorted by path, classes are the union over domains.
 
     Hidden files are passed over, files without a known image extension too, but they are counted
     in the notes. The fingerprint is over the bytes of every image and its path.
+    ``one_client``: a single class will do, others may have more.
 
     Raises:
         InputError: nothing there, or every problem with the layout at once.
@@ -41,13 +42,15 @@ def load_folder(data: Data) -> Examples:
     paths = [path for path in files.paths if path.lower().endswith(EXTENSIONS)]
     others = len(files.paths) - len(paths)
     paths.sort(key=lambda path: (unicodedata.normalize("NFC", path), path))
-    problems = layout_problems(paths, files.folders, data.domains)
+    problems = layout_problems(paths, files.folders, data.domains, one_client)
     if problems:
         raise data_problems(str(files.root), problems)
     digests, unreadable = hash_files(files.read, paths)
     if unreadable and data.on_bad_file == "stop":
         lines = [f"{printable(path)}: cannot be read: {why}" for path, why in unreadable.items()]
-        raise data_problems(str(files.root), lines, "Mend them, or use --set data.on_bad_file=skip")
+        told = data_problems(str(files.root), lines)
+        do = "Mend them, or use --set data.on_bad_file=skip"
+        raise BadFiles(told.what, len(lines), where=told.where, got=None, do=do)
     paths = [path for path in paths if path not in unreadable]
     if not paths:
         raise InputError("no image can be read", where=str(files.root))
@@ -114,7 +117,9 @@ def hash_files(read: Callable[[str], bytes], paths: Sequence[str]) -> tuple[byte
     return whole.digest(), unreadable
 
 
-def layout_problems(paths: Sequence[str], folders: Iterable[str], with_domains: bool) -> list[str]:
+def layout_problems(
+    paths: Sequence[str], folders: Iterable[str], with_domains: bool, one_client: bool = False
+) -> list[str]:
     """Everything wrong with where the images lie; empty where all is well."""
     depth = 2 if with_domains else 1
     form = "<domain>/<class>/<image>" if with_domains else "<class>/<image>"
@@ -123,7 +128,9 @@ def layout_problems(paths: Sequence[str], folders: Iterable[str], with_domains: 
     astray = [path for path in paths if path.count("/") != depth]
     if len(astray) == len(paths):
         other = {3 - depth} == {path.count("/") for path in paths}
-        switch = f"; try --set data.domains={str(not with_domains).lower()}" if other else ""
+        switch = ""
+        if other and not one_client:  # a client of its own has no scenario to set it in
+            switch = f"; try --set data.domains={str(not with_domains).lower()}"
         return [f"no image lies as {form}, but e.g. as {printable(astray[0])}{switch}"]
     problems = []
     if astray:
@@ -139,7 +146,7 @@ def layout_problems(paths: Sequence[str], folders: Iterable[str], with_domains: 
     for folder in sorted(used):
         if folder.count("/") == depth - 1:
             held[folder.rpartition("/")[2]].add(folder.rpartition("/")[0])
-    if len(held) < 2:
+    if len(held) < 2 and not one_client:
         problems.append(f"only one class ({_some(held)}); a classifier needs two")
     problems += clashes("class", held)
     if with_domains:
@@ -154,7 +161,7 @@ def clashes(kind: str, names: Iterable[str]) -> list[str]:
     for name in names:
         alike[unicodedata.normalize("NFC", name).casefold()].append(name)
     return [
-        f"{kind} folders that differ only in case or accent encoding: "
+        f"{kind} names that differ only in case or accent encoding: "
         + " / ".join(ascii(name) for name in sorted(group))
         for group in alike.values()
         if len(group) > 1

@@ -232,7 +232,7 @@ def assign_natural(examples: Examples, clients: Clients, seed: int) -> Assignmen
             where="clients.partition",
             got="'natural'",
             allowed="iid, dirichlet, shards, quantity, domain",
-            do="Give the .npz file an array named 'client' to use it",
+            do="Give the file a column named 'client' to use it",
         )
     present, client = np.unique(examples.clients, return_inverse=True)
     if clients.num not in (None, len(present)):

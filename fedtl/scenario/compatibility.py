@@ -20,7 +20,7 @@ def find_conflicts(scenario: Scenario) -> list[Problem]:
 def _source(scenario: Scenario) -> Iterator[Problem]:
     data = scenario.data
     if data.source in ("folder", "arrays") and data.path is None:
-        what = "a folder of images" if data.source == "folder" else "an .npz file"
+        what = "a folder of images" if data.source == "folder" else "an .npz or .csv file"
         yield Problem("data.path", f'source "{data.source}" needs {what}', None, "a path")
     if data.source == "digits" and data.path is not None:
         yield Problem(

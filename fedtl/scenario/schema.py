@@ -37,7 +37,7 @@ class Data(Section):
         "digits", description="digits is embedded; the others read from disk"
     )
     path: FilePath | None = Field(
-        None, description="folder, .npz file, or torchvision's root folder"
+        None, description="folder, .npz or .csv file, or torchvision's root folder"
     )
     name: str | None = Field(None, description="torchvision data set, e.g. CIFAR10")
     subset: Literal["train", "test", "all"] = Field(

@@ -44,6 +44,7 @@ class Backbone:
         weights_source: "packaged", "random", or the weights file's name.
         builder: makes the trunk.
         known_dim: D where it is known without building; 0 for ``identity`` (the data decide).
+        weights_path: the weights file; None where there is none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Backbone:
     weights_source: str
     builder: Callable[[], nn.Module] = field(repr=False, compare=False)
     known_dim: int | None = None
+    weights_path: Path | None = field(default=None, repr=False, compare=False)
 
     @property
     def image_size(self) -> int:
@@ -178,7 +180,9 @@ def _open_embedded(section: schema.Backbone, key: int) -> Backbone:
         source = path.name if path else "random"
     digest = _hash_weights(section, path, key)
     builder = functools.partial(_build, EMBEDDED, preprocessing, path, digest, key)
-    return Backbone(EMBEDDED, "penultimate", preprocessing, digest, source, builder, _EMBEDDED_DIM)
+    return Backbone(
+        EMBEDDED, "penultimate", preprocessing, digest, source, builder, _EMBEDDED_DIM, path
+    )
 
 
 def _open_torchvision(section: schema.Backbone, key: int) -> Backbone:
@@ -208,7 +212,9 @@ def _open_torchvision(section: schema.Backbone, key: int) -> Backbone:
     preprocessing = _preset(member).at(section.image_size)
     builder = functools.partial(_build, section.name, preprocessing, path, digest, key)
     source = path.name if path else "random"
-    return Backbone(section.name, "penultimate", preprocessing, digest, source, builder)
+    return Backbone(
+        section.name, "penultimate", preprocessing, digest, source, builder, weights_path=path
+    )
 
 
 def _hash_weights(section: schema.Backbone, path: Path | None, key: int) -> str:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from fedtl import machine
-from fedtl.data.examples import Images
+from fedtl.data.examples import BadFiles, Images
 from fedtl.errors import EnvironmentFault, InputError, writing
 from fedtl.results.files import sync_folder
 from fedtl.transfer import entries, extraction, pipeline
@@ -30,7 +30,7 @@ from fedtl.transfer.backbones import Backbone
 from fedtl.transfer.entries import Opened
 from fedtl.types import Int64
 
-FORMAT = 2
+FORMAT = 3
 _SPARE_BYTES = 16 << 20  # left free on the disk beside what the features take
 _NAMED = 5  # bad files that a message names
 
@@ -363,11 +363,12 @@ class FeatureStore:
             lock.release()
 
 
-def bad_images(names: list[str], num_bad: int, total: int) -> InputError:
+def bad_images(names: list[str], num_bad: int, total: int) -> BadFiles:
     """The error for images that cannot be decoded; names at most the first few."""
     every = num_bad == total
-    return InputError(
+    return BadFiles(
         "no image can be decoded" if every else "some images cannot be decoded",
+        num_bad,
         where="data",
         got=named(names, num_bad),
         do="Mend or remove them"

@@ -3,6 +3,11 @@
 A worker runs its forward pass on its own single thread, so decoding of one batch overlaps with the
 pass of another, no core is asked for twice, and a batch's bits do not depend on how many workers
 there are. (On two cores, two workers of one thread are as fast as one pass on two.)
+
+Kernels are chosen by a batch's shape: torch gives an image other bits in a batch of 3 than in one
+of 8, and the same bits anywhere in batches of 8, whatever the others show. So the last batch is
+filled up with black images, and an image's features do not depend on the data set around it: a real
+client has those of the same client in simulation.
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ def extract(
         if stopped.is_set():
             return 0
         size = min(forward.batch, count - first)
-        pixels = np.zeros((size, preprocessing.crop, preprocessing.crop, 3), np.uint8)
+        pixels = np.zeros((forward.batch, preprocessing.crop, preprocessing.crop, 3), np.uint8)
         for slot in range(size):
             try:
                 image = images.load(first + slot)
@@ -86,7 +91,7 @@ def extract(
                 if stop_on_bad:
                     decode_only.set()
         if not decode_only.is_set():
-            features = forward.run(pixels)
+            features = forward.run(pixels)[:size]
             _refuse_non_finite(features, images, first)
             write(first, features)
         return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,23 @@ from fedtl import seeding
 from fedtl.engines import Engine, LocalEngine
 from fedtl.types import LocalTraining, Population, RoundPlan
 
+# Ray kills its processes and does not wait for them.
+pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+
 MAKERS: dict[str, Callable[[Population], Engine]] = {
     "local": lambda population: LocalEngine(population, 1),
     "local with two threads": lambda population: LocalEngine(population, 2),
     "local in blocks of one": lambda population: LocalEngine(population, 2, block_size=1),
+    "flower, two nodes": lambda population: _flower(population, num_nodes=2),
+    "flower, a node per client": lambda population: _flower(population, num_nodes=5, block_size=1),
 }
+
+
+def _flower(population: Population, **options: Any) -> Engine:
+    from fedtl.engines.flower_simulation import flower_engine
+
+    return flower_engine(population, num_cpus=2, **options)
+
 
 HEADS = {
     "linear": {"weight": (3, 9), "bias": (3,)},
@@ -25,11 +38,19 @@ HEADS = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=list(MAKERS))
-def engine(request, population: Population):
-    made = MAKERS[request.param](population)
-    yield made
-    made.close()
+@pytest.fixture(scope="module", params=list(MAKERS))
+def engine(request, make_population):
+    """One for all tests and both heads: starting Ray or Flower takes seconds."""
+    made = MAKERS[request.param](make_population())
+    try:
+        made.start(zeros(HEADS["linear"]))
+        yield made
+    finally:
+        made.close()
+
+
+def zeros(shapes):
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 @pytest.fixture(params=list(HEADS))
@@ -55,7 +76,6 @@ def collected(replies):
 
 
 def test_every_planned_client_answers_once_with_the_heads_shapes(engine, head, population) -> None:
-    engine.start(head)
     replies = engine.run_clients(plan([0, 2, 4]), head)
     answered = [client for reply in replies for client in reply.clients.tolist()]
     assert sorted(answered) == [0, 2, 4]

@@ -1,0 +1,174 @@
+"""The engines with workers of their own: what a client and round costs on each.
+
+    uv run python benchmarks/engines.py flower [--clients 1000]
+
+Reference work: clients x 500 examples x 512 features, 10 classes, 5 epochs, batch 50; all clients
+in every round, local training and average. All figures of one run are of the same minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fedtl.engines  # noqa: F401  before Flower's import: switches its telemetry off
+from fedtl import machine, seeding
+from fedtl.clients.training import train_clients
+from fedtl.engines.hosting import open_population, save_population
+from fedtl.types import ClientUpdates, Head, LocalTraining, Population, RoundPlan, Rows
+
+EXAMPLES, FEATURES, CLASSES = 500, 512, 10
+TRAINING = LocalTraining(epochs=5, batch_size=50, learning_rate=0.05)
+ROUNDS = 5
+
+
+def population(clients: int, place: Path) -> Population:
+    """Every client with the same number of rows, features memory-mapped from ``place``."""
+    rng = np.random.default_rng(0)
+    path = place / "features.npy"
+    shape = (clients * EXAMPLES, FEATURES)
+    stored = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    for first in range(0, len(stored), EXAMPLES):
+        stored[first : first + EXAMPLES] = rng.normal(size=(EXAMPLES, FEATURES))
+    stored.flush()
+    del stored
+    labels = rng.integers(0, CLASSES, shape[0]).astype(np.int32)
+    train = Rows(np.arange(shape[0]), np.arange(clients + 1) * EXAMPLES)
+    test = Rows(np.arange(clients), np.arange(clients + 1))
+    names = tuple(f"client-{i}" for i in range(clients))
+    features = np.load(path, mmap_mode="r")
+    return Population(features, labels, tuple("0123456789"), train, test, names, ("",) * clients)
+
+
+def plan(clients: np.ndarray, round: int) -> RoundPlan:
+    """All these clients in one round."""
+    keys = seeding.client_keys(0, "batches", round, clients)
+    return RoundPlan(round, clients, keys, TRAINING)
+
+
+def average(replies: list[ClientUpdates]) -> Head:
+    """FedAvg over clients of the same size."""
+    filled = [reply for reply in replies if len(reply.clients)]
+    return {
+        name: np.concatenate([reply.tensors[name] for reply in filled]).mean(axis=0)
+        for name in filled[0].tensors
+    }
+
+
+def zeros() -> Head:
+    """The first head."""
+    weight = np.zeros((CLASSES, FEATURES), np.float32)
+    return {"weight": weight, "bias": np.zeros(CLASSES, np.float32)}
+
+
+def seconds_per_round(step: Callable[[int, Head], Head]) -> float:
+    """The median over rounds of one that trains everybody and averages; the first is not timed."""
+    head, taken = step(0, zeros()), []
+    for round in range(1, ROUNDS + 1):
+        started = time.perf_counter()
+        head = step(round, head)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken))
+
+
+def kernel_alone(people: Population) -> float:
+    """All cores of this process, no messages."""
+    everybody = np.arange(people.num_clients)
+    threads = machine.allowed_cores()
+    return seconds_per_round(
+        lambda round, head: average(
+            [train_clients(people, head, plan(everybody, round), threads=threads)]
+        )
+    )
+
+
+def our_flower(people: Population) -> float:
+    """Our engine on Flower's simulation: one message per node and round."""
+    from fedtl.engines.flower_simulation import flower_engine
+
+    engine = flower_engine(people)
+    everybody = np.arange(people.num_clients)
+    try:
+        engine.start(zeros())
+        return seconds_per_round(
+            lambda round, head: average(list(engine.run_clients(plan(everybody, round), head)))
+        )
+    finally:
+        engine.close()
+
+
+def plain_flower(people: Population, place: Path) -> float:
+    """A plain Flower app on the same kernel and cores: one node and one message per client."""
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    from fedtl.engines import ray_cluster
+
+    folder = place / "population"
+    folder.mkdir()
+    save_population(people, folder)
+    client, server, began = ClientApp(), ServerApp(), []
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        own = np.array([context.node_config["partition-id"]])
+        weight, bias = message.content["arrays"].to_numpy_ndarrays()
+        head = {"weight": weight, "bias": bias}
+        step = plan(own, message.content["config"]["server-round"])
+        update = train_clients(open_population(folder), head, step)
+        arrays = ArrayRecord([update.tensors["weight"][0], update.tensors["bias"][0]])
+        count = MetricRecord({"num-examples": int(update.num_examples[0])})
+        return Message(RecordDict({"arrays": arrays, "metrics": count}), reply_to=message)
+
+    class Timed(FedAvg):
+        def configure_train(self, server_round: int, *rest: Any) -> Iterable[Message]:
+            began.append(time.perf_counter())
+            return super().configure_train(server_round, *rest)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Timed(
+            fraction_evaluate=0.0,
+            min_train_nodes=people.num_clients,
+            min_available_nodes=people.num_clients,
+        )
+        arrays = ArrayRecord([zeros()["weight"], zeros()["bias"]])
+        strategy.start(grid, arrays, num_rounds=ROUNDS + 2, timeout=None)
+
+    cluster = ray_cluster.join()
+    try:
+        resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+        run_simulation(server, client, people.num_clients, backend_config=resources)
+    finally:
+        cluster.leave()
+    return float(np.median(np.diff(began)[1:]))
+
+
+def compare_flower(clients: int) -> None:
+    """Kernel, our engine and a plain app, per client and round."""
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        place = Path(name).resolve()
+        people = population(clients, place)
+        kernel, ours, plain = kernel_alone(people), our_flower(people), plain_flower(people, place)
+    print(f"{machine.cpu_model()}, {machine.allowed_cores()} cores, {clients} clients, ms a client")
+    print(f"kernel alone, in this process       {1e3 * kernel / clients:8.3f}")
+    print(f"Flower, one message per node        {1e3 * ours / clients:8.3f}")
+    print(f"plain Flower, one message per client{1e3 * plain / clients:8.3f}")
+    print(f"plain / ours                        {plain / ours:8.1f}   (goal: at least 20)")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["flower"])
+    parser.add_argument("--clients", type=int, default=1000)
+    arguments = parser.parse_args()
+    compare_flower(arguments.clients)

@@ -1,0 +1,1 @@
+"""Real clients on their own machines: certificates, keys, approvals, checks, audit, supervision."""

@@ -1,0 +1,253 @@
+"""One client with data of its own, as a node asks it: to join, to take weights, to prepare.
+
+What the server is told: class names, counts, the features' width, a keyed fingerprint, versions and
+what the machine is. Paths, file names and values are in no reply and in no error that is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from fedtl import machine
+from fedtl.build import resolve_device
+from fedtl.data.examples import Examples
+from fedtl.deployment.backbone_transfer import (
+    FILE,
+    Reception,
+    find_weights,
+    read_announcement,
+    weights_folder,
+)
+from fedtl.deployment.class_table import MAX_CLASSES
+from fedtl.deployment.keys import check_name
+from fedtl.deployment.private_data import (
+    Order,
+    Session,
+    Work,
+    discreet,
+    load_private,
+    source_of,
+)
+from fedtl.deployment.terms import refuse_other_version
+from fedtl.engines.node import NotPrepared
+from fedtl.engines.wire import Tensors
+from fedtl.errors import EnvironmentFault, FedtlError, InputError, SecurityRefusal
+from fedtl.scenario import schema
+from fedtl.types import Int64, Population
+
+REPLY_SECONDS = 1.0
+"""So long a request to prepare waits for the features before it answers how far they are."""
+
+
+class PrivateHost:
+    """One client with data of its own; what ``engines.node`` calls a Host.
+
+    Args:
+        name: as the client's key is approved.
+        data: a folder or .zip of ``<class>/<image>``, an .npz, or a .csv of features.
+        threads: for features; default all cores the machine allows.
+        device: "auto", "cpu" or "cuda".
+        tell: takes lines for the client's own terminal; default the log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: Path,
+        *,
+        threads: int | None = None,
+        device: str = "auto",
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.name, self._data = check_name(name), data
+        self._tell = tell or logging.getLogger("fedtl").warning
+        self._engine = schema.Engine.model_validate({"threads": threads, "device": device})
+        self._session: Session | None = None
+        self._examples: Examples | None = None
+        self._weights: Path | None = None
+        self._reception: Reception | None = None
+        self._work: Work | None = None
+
+    def join(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Who is here. A run that was not known here makes the data be read anew.
+
+        Raises:
+            InputError: another version, another backbone, or data that cannot be used.
+            SecurityRefusal: the key was approved under another name.
+        """
+        if facts.get("key_name") != self.name:
+            raise SecurityRefusal(
+                f"this client calls itself {self.name!r}, and its key is approved as "
+                f"{facts.get('key_name')!r}"
+            )
+        refuse_other_version(facts.get("versions"), "the server", "this client")
+        session = self._read_terms(facts)
+        if session != self._session:
+            self._forget()
+            with discreet():
+                self._examples = load_private(self._data, session.scenario.data)
+            self._session = session
+        assert self._examples is not None
+        return {
+            "name": self.name,
+            "classes": list(self._examples.classes),
+            "numbered": session.scenario.data.source == "arrays",
+            "examples": len(self._examples),
+            "versions": machine.versions(),
+            "cpu": machine.cpu_model(),
+            "device": resolve_device(session.scenario),
+            "threads": self._engine.threads or machine.allowed_cores(),
+            "has_backbone": self._look_for_backbone(session),
+            "free_disk_bytes": shutil.disk_usage(_existing(weights_folder())).free,
+        }
+
+    def weights(self, facts: Mapping[str, Any], tensors: Tensors) -> Mapping[str, Any]:
+        """Take one piece of the weights; says which piece is wanted next."""
+        session = self._joined()
+        if session.announced.kind != FILE:
+            raise SecurityRefusal("weights were sent although this backbone needs none")
+        if self._weights is not None or self._look_for_backbone(session):
+            self._stop_receiving()  # another client on this machine was quicker
+            return {"next": session.announced.count}
+        if self._reception is None:
+            self._tell("receiving the backbone's weights")
+            self._reception = Reception(session.announced, self.name)
+        try:
+            following = self._reception.take(facts, tensors.get("piece"))
+        except FedtlError:
+            self._stop_receiving()
+            raise
+        if following == session.announced.count:
+            self._reception = None
+            if not self._look_for_backbone(session):
+                raise EnvironmentFault("the weights that were received are not there any more")
+        return {"next": following}
+
+    def prepare(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Make the features, in the background; says how far they are, or what there is now.
+
+        Raises:
+            NotPrepared: the server did not ask this client to join, or the weights are missing.
+            InputError: data that cannot be used.
+        """
+        session = self._joined()
+        if session.announced.kind == FILE and self._weights is None:
+            raise NotPrepared("the backbone's weights are not here yet")
+        assert self._examples is not None
+        order = Order(session, _read_classes(facts), _read_key(facts))
+        if self._work is None or self._work.order != order:
+            self._stop_work()
+            self._work = Work(order, self._examples, self._weights, self.name)
+        work = self._work
+        work.finished.wait(REPLY_SECONDS)
+        if not work.finished.is_set():
+            return {"ready": False, "done": work.done, "total": work.total}
+        if work.result is None:
+            self._work = None  # asked once more, it tries once more
+            with discreet():
+                assert work.failure is not None
+                raise work.failure
+        for note in work.notes:
+            self._tell(note)
+        work.notes = ()
+        return work.result.facts
+
+    def population(self) -> Population:
+        """This one client's data. Raises NotPrepared."""
+        if self._work is None or self._work.result is None:
+            raise NotPrepared("this client has no data ready: it was not asked to prepare")
+        return self._work.result.population
+
+    def ids(self, clients: Int64) -> Int64:
+        """Row 0, whatever the client's number in the federation; int64 [1]."""
+        if len(clients) != 1:
+            raise InputError("this node has one client, and was asked for another number of them")
+        return np.zeros(1, np.int64)
+
+    def close(self) -> None:
+        """Stop working; nothing half-done stays on the disk."""
+        self._forget()
+
+    def _read_terms(self, facts: Mapping[str, Any]) -> Session:
+        announced = read_announcement(facts.get("backbone"))
+        own = {"source": source_of(self._data), "path": str(self._data.absolute())}
+        keys = ("test_fraction", "on_bad_file", "leakage", "max_pixels")
+        try:
+            scenario = schema.Scenario.model_validate(
+                {
+                    "name": facts.get("scenario"),
+                    "seed": facts.get("seed"),
+                    "data": own | {key: facts.get(key) for key in keys},
+                    # the one natural client of these data is this one
+                    "clients": {
+                        "partition": "natural",
+                        "min_examples": facts.get("min_examples"),
+                    },
+                    "backbone": announced.section,
+                    "engine": self._engine,
+                }
+            )
+        except ValidationError as error:
+            raise InputError("the server's terms are none that fedtl knows") from error
+        return Session(str(facts.get("run", "")), scenario, announced)
+
+    def _look_for_backbone(self, session: Session) -> bool:
+        """Whether the server's backbone can be opened here; refuses one that differs."""
+        announced = session.announced
+        if announced.kind == FILE:
+            self._weights = self._weights or find_weights(announced)
+            if self._weights is None:
+                return False
+        announced.open(self._weights, session.scenario.seed)
+        return True
+
+    def _joined(self) -> Session:
+        if self._session is None:
+            raise NotPrepared("this client was not asked to join")
+        return self._session
+
+    def _forget(self) -> None:
+        self._stop_work()
+        self._stop_receiving()
+        self._session = self._examples = self._weights = None
+
+    def _stop_receiving(self) -> None:
+        if self._reception is not None:
+            self._reception.close()
+            self._reception = None
+
+    def _stop_work(self) -> None:
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+
+
+def _read_classes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    classes = facts.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise InputError("the server names no classes")
+    if not 2 <= len(set(classes)) == len(classes) <= MAX_CLASSES:
+        raise InputError(f"the server names {len(classes)} classes, or one twice")
+    return tuple(classes)
+
+
+def _read_key(facts: Mapping[str, Any]) -> bytes:
+    try:
+        key = bytes.fromhex(facts["data_key"])
+    except (KeyError, TypeError, ValueError):
+        key = b""
+    if not 16 <= len(key) <= 64:
+        raise InputError("the server sends no key for the data's fingerprint")
+    return key
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next((p for p in (path, *path.parents) if p.is_dir()), Path("/"))

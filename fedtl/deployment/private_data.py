@@ -1,0 +1,208 @@
+"""Private data on their way to features: read, labelled, split and put through the trunk, here.
+
+An error's ``what`` travels to the server (see ``engines.node``), so none that leaves this module
+through ``discreet`` holds a path, a file's name or a value; the rest of it stays at the client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtl.build import make_features, open_examples, population_of
+from fedtl.data.arrays import load_arrays
+from fedtl.data.examples import BadFiles, Examples
+from fedtl.data.folder import load_folder
+from fedtl.data.leakage import find_leaks
+from fedtl.deployment.backbone_transfer import IDENTITY, Announcement
+from fedtl.errors import InputError
+from fedtl.scenario import schema
+from fedtl.types import Int32, Population
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a server said when it asked this client to join.
+
+    Attributes:
+        run: the server's id of this federation.
+        scenario: the server's, with this client's data, backbone and machine in it.
+        announced: the server's backbone.
+    """
+
+    run: str
+    scenario: schema.Scenario
+    announced: Announcement
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What preparing gave: the data, and what the server is told of it."""
+
+    population: Population
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be prepared."""
+
+    session: Session
+    classes: tuple[str, ...]
+    key: bytes
+
+
+class _Stopped(Exception):
+    """The work is not wanted any more."""
+
+
+class Work:
+    """Features on their way, in a thread of their own: requests are answered meanwhile.
+
+    Attributes:
+        done, total: examples.
+        result, failure: one of them once ``finished`` is set.
+        notes: for the client's own terminal.
+    """
+
+    def __init__(self, order: Order, examples: Examples, weights: Path | None, name: str) -> None:
+        self.order = order
+        self.finished = threading.Event()
+        self.done, self.total = 0, len(examples)
+        self.result: Ready | None = None
+        self.failure: BaseException | None = None
+        self.notes: tuple[str, ...] = ()
+        self._examples, self._weights, self._name = examples, weights, name
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prepare", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it; returns when the thread has ended."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._prepare()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.finished.set()
+
+    def _progress(self, done: int, total: int) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+        self.done, self.total = done, total
+
+    def _prepare(self) -> Ready:
+        session, mine = self.order.session, self._examples
+        least = session.scenario.clients.min_examples
+        if len(mine) < least:
+            raise Told(f"it has {len(mine)} examples, and the scenario wants {least} at least")
+        backbone = session.announced.located(self._weights)
+        scenario = session.scenario.model_copy(update={"backbone": backbone})
+        if (mine.images is None) != (session.announced.kind == IDENTITY):
+            kinds = ("features", "images") if mine.images is None else ("images", "features")
+            raise Told(f"its data are {kinds[0]}, and the scenario's backbone takes {kinds[1]}")
+        opened = open_examples(scenario, owned(mine, self.order.classes, self._name))
+        features = make_features(opened, self._progress)
+        leaks = find_leaks(features.content, features.split, features.examples)
+        if leaks.train_test and scenario.data.leakage == "stop":
+            raise Told(
+                f"{leaks.train_test} of its contents are in both train and test; "
+                "data.leakage = 'allow' would accept them",
+                got="".join(f"\n  {line}" for line in leaks.examples),
+            )
+        population = population_of(features)
+        self.notes = features.notes
+        facts = {
+            "ready": True,
+            "train": int(population.train.counts[0]),
+            "test": int(population.test.counts[0]),
+            "width": int(population.features.shape[1]),
+            "domain": population.domains[0],
+            "left_out": len(mine) - len(features.examples),
+            "leaks": leaks.train_test,
+            "way": features.facts["way"],
+            "seconds": round(features.seconds, 3),
+            "fingerprint": keyed(mine.fingerprint, self.order.key),
+            "backbone": opened.backbone.identity(),
+        }
+        return Ready(population, facts)
+
+
+class Told(InputError):
+    """An error of ours whose ``what`` may be told to the server as it is."""
+
+
+def source_of(path: Path) -> str:
+    """Which data source reads a client's path."""
+    return "arrays" if path.suffix.lower() in (".npz", ".csv") else "folder"
+
+
+def load_private(path: Path, section: schema.Data | None = None) -> Examples:
+    """A client's own data; one class will do.
+
+    Args:
+        path: a folder or .zip of ``<class>/<image>``, an .npz, or a .csv of features.
+        section: the limits to read it with; default the scenario's defaults.
+
+    Raises:
+        InputError: whatever is wrong with it. For the client's own eyes.
+    """
+    if section is None:
+        facts = {"source": source_of(path), "path": str(path.absolute())}
+        section = schema.Data.model_validate(facts)
+    load = load_arrays if section.source == "arrays" else load_folder
+    return load(section, one_client=True)
+
+
+def owned(examples: Examples, classes: tuple[str, ...], name: str) -> Examples:
+    """The examples as those of one client, labelled by the federation's classes.
+
+    Raises:
+        InputError: one of their classes is not among the federation's.
+    """
+    place = {label: i for i, label in enumerate(classes)}
+    if missing := [label for label in examples.classes if label not in place]:
+        raise Told("some of its classes are not the federation's", got=", ".join(missing[:5]))
+    index: Int32 = np.array([place[label] for label in examples.classes], np.int32)
+    return replace(
+        examples,
+        labels=index[examples.labels],
+        classes=classes,
+        clients=np.zeros(len(examples), np.int32),
+        client_names=(name,),
+    )
+
+
+def keyed(fingerprint: str, key: bytes) -> str:
+    """A fingerprint that only tells the holder of the run's key whether the data are the same."""
+    return hashlib.blake2b(fingerprint.encode(), key=key, digest_size=16).hexdigest()
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Errors of private data: their kind and a count are told, their words stay here."""
+    try:
+        yield
+    except Told:
+        raise
+    except BadFiles as error:
+        images = "image" if error.count == 1 else "images"
+        raise InputError(
+            f"{error.count} {images} cannot be read (named on the client's own terminal)",
+            got=error.line(),
+        ) from error
+    except InputError as error:
+        raise InputError(
+            "its data cannot be used (why is said on the client's own terminal)", got=error.line()
+        ) from error

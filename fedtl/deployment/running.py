@@ -1,0 +1,238 @@
+"""One run with real clients, from a scenario to a finished folder, new or resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtl import machine
+from fedtl.conduct import Prepared, conduct
+from fedtl.deployment.federation import Federation
+from fedtl.deployment.gathering import Gathered, Gathering
+from fedtl.deployment.judging import judge_remotely
+from fedtl.deployment.roll_call import RollCall
+from fedtl.deployment.server import OpenGrid, open_grid
+from fedtl.errors import EnvironmentFault, FedtlError, InputError, Interrupted, PolicyStop
+from fedtl.interrupts import Interrupts
+from fedtl.results.files import write_atomic
+from fedtl.results.runs import SCENARIO, RunFolder, refuse_taken
+from fedtl.rounds import Federation as Rounds
+from fedtl.scenario.load import dump_scenario, load_scenario
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import make_strategy
+from fedtl.terminal import Terminal
+from fedtl.transfer.backbones import Backbone, open_backbone
+from fedtl.transfer.heads import initial_head
+
+PARTY = "party.json"
+"""Of a run folder: who takes part, and the run's own id; nothing secret."""
+
+DEADLINE_SECONDS = 600.0
+"""Of a round, where the scenario sets none."""
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a run with real clients needs besides its scenario.
+
+    Attributes:
+        least: clients that suffice once the time to join is over; None for all that are approved.
+    """
+
+    federation: Federation
+    least: int | None
+    terminal: Terminal
+    interrupts: Interrupts
+
+    def hint(self, path: Path) -> None:
+        """What to type after a stop."""
+        self.interrupts.hint = f"Type 'fedtl server resume {path}' to go on"
+
+
+def run_deployed(scenario: Scenario, path: Path, deployment: Deployment) -> dict[str, Any]:
+    """Run a scenario with real clients into a new folder; returns its summary.
+
+    Raises:
+        FedtlError: any; a folder in which nothing was committed yet is removed again, unless the
+            run was interrupted or too few clients came.
+    """
+    started = time.perf_counter()
+    deployment.federation.join()
+    refuse_taken(path)
+    deployment.hint(path)
+    folder = RunFolder.create(path, dump_scenario(scenario))
+    try:
+        return _carry_on(scenario, folder, deployment, started)
+    except FedtlError as error:
+        resumable = isinstance(error, Interrupted | PolicyStop)
+        if not resumable and not any((path / "checkpoints").glob("*.json")):
+            folder.discard()
+        raise
+    finally:
+        folder.release()
+
+
+def resume_deployed(
+    path: Path, deployment: Deployment, *, allow_changes: bool = False
+) -> dict[str, Any]:
+    """Go on with a run from its last commit, with the clients it was begun with."""
+    started = time.perf_counter()
+    deployment.federation.join()
+    folder = RunFolder.reopen(path)
+    deployment.hint(path)
+    try:
+        if folder.finished() is not None:
+            raise InputError(
+                "this run is finished", where=path, do="Read its summary.json, or start another"
+            )
+        scenario = load_scenario(str(path / SCENARIO))
+        folder.event("resumed")
+        return _carry_on(scenario, folder, deployment, started, allow_changes)
+    finally:
+        folder.release()
+
+
+def _carry_on(
+    scenario: Scenario,
+    folder: RunFolder,
+    deployment: Deployment,
+    started: float,
+    allow_changes: bool = False,
+) -> dict[str, Any]:
+    """Clients, rounds, references, summary."""
+    from fedtl.engines.flower_server import FlowerExchange
+
+    terminal, interrupts = deployment.terminal, deployment.interrupts
+    backbone = open_backbone(scenario.backbone, scenario.seed)
+    party = _read_party(folder.path)
+    terminal.console.print("starting Flower's SuperLink", style="dim")
+    with open_grid(deployment.federation) as opened, closing(RollCall(terminal)) as roll_call:
+        exchange = FlowerExchange(
+            opened.grid,
+            opened.names,
+            opened.sign,
+            poll_seconds=POLL_SECONDS,
+            late=_tell_late(opened, folder, terminal),
+            trouble=opened.trouble,
+        )
+        approved = opened.approved()
+        gathering = Gathering(
+            exchange,
+            scenario,
+            backbone,
+            approved=opened.approved,
+            data_key=_data_key(deployment.federation, party["run"]),
+            quorum=deployment.least or max(1, len(approved)),
+            join_seconds=scenario.engine.join_seconds,
+            expected=party["clients"],
+            observer=roll_call,
+            check=lambda: _check(opened, interrupts),
+        )
+        gathered = gathering.gather()
+        roll_call.close()
+        party["clients"] = list(gathered.roster.names)
+        write_atomic(folder.path / PARTY, json.dumps(party, indent=2).encode())
+        prepared = _prepare(scenario, backbone, gathering, gathered, terminal)
+        terminal.begin(scenario)
+        return conduct(prepared, folder, terminal, interrupts, started, allow_changes)
+
+
+def _prepare(
+    scenario: Scenario,
+    backbone: Backbone,
+    gathering: Gathering,
+    gathered: Gathered,
+    terminal: Terminal,
+) -> Prepared:
+    """The federation over the gathered clients, and what is written down about it."""
+    from fedtl.engines.flower_engine import FlowerEngine
+
+    roster, facts = gathered.roster, gathered.facts
+    engine = FlowerEngine(
+        gathering.exchange,
+        roster,
+        gathering.seat,
+        gathered.seats,
+        scenario.engine.deadline_seconds or DEADLINE_SECONDS,
+        real=True,
+    )
+    identity = {
+        "scenario_hash": scenario.hash(),
+        "weights_sha256": backbone.weights_hash,
+        "versions": machine.versions(),
+        **gathered.identity,
+    }
+    head = initial_head(scenario.head, roster.width, len(roster.classes), scenario.seed)
+    strategy = make_strategy(scenario.strategy)
+    federation = Rounds(scenario, roster, head, strategy, engine, identity)
+    seconds = max(float(facts[name].get("seconds", 0.0)) for name in roster.names)
+    return Prepared(
+        federation=federation,
+        judge=judge_remotely(federation, engine, terminal.noted),
+        data={
+            "fingerprint": hashlib.blake2b(
+                "".join(facts[name]["fingerprint"] for name in roster.names).encode(),
+                digest_size=16,
+            ).hexdigest(),
+            "examples": int(roster.train.sum() + roster.test.sum()),
+            "skipped_examples": sum(int(facts[name]["left_out"]) for name in roster.names),
+            "excluded_clients": len(gathered.left_out),
+            "leaks_train_test": sum(int(facts[name]["leaks"]) for name in roster.names),
+            "leaks_between_clients": None,  # nobody sees everybody's data
+        },
+        backbone={
+            "name": backbone.name,
+            "cut": backbone.cut,
+            "weights_sha256": backbone.weights_hash,
+            "weights_source": backbone.weights_source,
+        },
+        extract_seconds=seconds,
+        notes=[f"{name} is left out: {reason}" for name, reason in gathered.left_out.items()],
+    )
+
+
+def _read_party(path: Path) -> dict[str, Any]:
+    """Who takes part in a resumed run; a new run's own id where nobody is known yet."""
+    try:
+        party: dict[str, Any] = json.loads((path / PARTY).read_bytes())
+    except FileNotFoundError:
+        return {"run": secrets.token_hex(16), "clients": None}
+    except ValueError as error:
+        raise InputError("is damaged", where=path / PARTY) from error
+    return party
+
+
+def _data_key(federation: Federation, run: str) -> bytes:
+    """Keys the fingerprints of the clients' data: the same in a resumed run, and known to nobody
+    who has only the run's folder."""
+    secret = federation.signing_key().private_bytes_raw()
+    return hashlib.blake2b(run.encode(), key=secret, digest_size=32).digest()
+
+
+def _check(opened: OpenGrid, interrupts: Interrupts) -> None:
+    """Called often while clients gather."""
+    interrupts.check("interrupted while clients gathered")
+    if trouble := opened.trouble():
+        raise EnvironmentFault(trouble, where=opened.federation.path("superlink.log"))
+
+
+def _tell_late(
+    opened: OpenGrid, folder: RunFolder, terminal: Terminal
+) -> Callable[[int, str, int], None]:
+    """Writes down and shows answers that came after their deadline."""
+
+    def late(node: int, kind: str, round: int) -> None:
+        name = opened.name(node)
+        folder.event("late", client=name, asked=kind, round=round)
+        terminal.noted(f"{name} answered late in round {round}; not used")
+
+    return late

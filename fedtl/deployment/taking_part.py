@@ -1,0 +1,111 @@
+"""``fedtl client start``: this machine's data take part, and the user sees what leaves."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from fedtl import machine
+from fedtl.build import resolve_device
+from fedtl.deployment.audit import AuditLog, verify
+from fedtl.deployment.certificates import fingerprint
+from fedtl.deployment.client import Client, serve_node
+from fedtl.deployment.host import PrivateHost
+from fedtl.deployment.join import JoinFile, read_join
+from fedtl.deployment.keys import PRIVATE, check_name, public_of, read_private
+from fedtl.deployment.private_data import load_private
+from fedtl.engines.node import Node, Sent
+from fedtl.errors import InputError
+from fedtl.interrupts import Interrupts
+from fedtl.scenario import schema
+from fedtl.terminal import shown, size
+
+AUDIT = ".audit.jsonl"
+
+LEAVES = """\
+What leaves this machine, to {address} only:
+  - the names of your classes, how many examples there are, this machine's kind and versions
+  - in each round the update of the head that you trained: averages over your examples, which can
+    still tell something about them; no differential privacy is applied
+  - how often the head is right on your own test examples, class by class
+No image, feature, label, file name or path leaves. Every answer is written to
+{audit} before it goes; 'fedtl client audit' sums it up.
+What comes in is data: no code of the server's is run here. Requests must be signed by the key in
+the join file. This client trusts whoever holds that key and the authority
+{authority}."""
+
+
+def take_part(
+    join_path: Path,
+    name: str,
+    data: Path,
+    folder: Path,
+    device: str,
+    console: Any,
+    interrupts: Interrupts,
+    *,
+    insecure_permissions: bool = False,
+) -> None:
+    """Answer the server's requests with the data at ``data`` until interrupted.
+
+    Args:
+        folder: holds ``<name>.key``; gets the audit log and the SuperNode's log.
+        console: prints for the user.
+
+    Raises:
+        FedtlError: as reading the join file, the key and the data does, and ``serve_node``.
+    """
+    join = read_join(join_path)
+    key_path = folder / (check_name(name) + PRIVATE)
+    key = read_private(key_path, insecure_permissions=insecure_permissions)
+    device = _device(device)
+    examples = load_private(data)
+    audit_path = folder / (name + AUDIT)
+
+    def tell(line: str) -> None:
+        console.print(shown(line), highlight=False, soft_wrap=True)
+
+    with closing(AuditLog(audit_path, **_facts(join, name))) as log:
+        tell(f"{name}  {public_of(key).fingerprint}")
+        tell(f"{len(examples):,} examples in {len(examples.classes)} classes")
+        authority = fingerprint(join.certificate())
+        tell_all = LEAVES.format(address=join.address, audit=audit_path, authority=authority)
+        for line in tell_all.splitlines():
+            tell(line)
+        if log.torn:
+            tell("the last line of the audit log was torn by a crash; that is noted in it")
+
+        def audit(sent: Sent) -> None:
+            log.sent(sent)
+            shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in sent.shapes.items())
+            where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
+            tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")
+
+        with closing(PrivateHost(name, data, device=device, tell=tell)) as host:
+            node = Node(
+                host,
+                threads=machine.allowed_cores(),
+                device=device,
+                public_key=join.signing_key,
+                name=name,
+                audit=audit,
+            )
+            try:
+                serve_node(Client(name, join, key, key_path, folder, tell), node, interrupts)
+            finally:
+                log.note("closed")
+                tell(f"the audit log's last hash is {verify(audit_path).head}")
+
+
+def _facts(join: JoinFile, name: str) -> dict[str, str]:
+    authority = fingerprint(join.certificate())
+    return {"client": name, "server": join.address, "authority": authority}
+
+
+def _device(wanted: str) -> str:
+    """ "cpu" or "cuda" for what the user typed."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise InputError("no such device", where="--device", got=wanted, allowed="auto, cpu, cuda")
+    engine = schema.Engine.model_validate({"device": wanted})
+    return resolve_device(schema.Scenario(name="client", engine=engine))

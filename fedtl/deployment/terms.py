@@ -1,0 +1,59 @@
+"""What a server tells every client when it asks it to join: all that features depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtl import machine
+from fedtl.deployment.backbone_transfer import announce
+from fedtl.errors import EnvironmentFault
+from fedtl.scenario.schema import Scenario
+from fedtl.transfer.backbones import Backbone
+
+
+def make_terms(scenario: Scenario, backbone: Backbone) -> dict[str, Any]:
+    """The facts of a request to join, but for the client's own name.
+
+    Args:
+        scenario: the server's; no path of it is told.
+        backbone: the scenario's, opened.
+    """
+    return {
+        "scenario": scenario.name,
+        "scenario_hash": scenario.hash(),
+        "seed": scenario.seed,
+        "test_fraction": scenario.data.test_fraction,
+        "on_bad_file": scenario.data.on_bad_file,
+        "leakage": scenario.data.leakage,
+        "max_pixels": scenario.data.max_pixels,
+        "min_examples": scenario.clients.min_examples,
+        "backbone": announce(backbone, scenario.backbone),
+        "versions": machine.versions(),
+    }
+
+
+def refuse_other_version(theirs: Any, other: str, own: str) -> None:
+    """Raise EnvironmentFault where the other side's fedtl is of another minor version.
+
+    Args:
+        theirs: ``machine.versions()`` of the other side.
+        other, own: who they are, for the message.
+    """
+    found = str(theirs.get("fedtl", "unknown"))[:40] if isinstance(theirs, dict) else "unknown"
+    mine = machine.versions().get("fedtl", "unknown")
+    if _minor(found) != _minor(mine):
+        newer, older = (other, own) if _order(found) > _order(mine) else (own, other)
+        wanted = max(found, mine, key=_order)
+        raise EnvironmentFault(
+            f"{other} has fedtl {found} and {own} fedtl {mine}, which do not work together; "
+            f"type 'pip install \"fedtl=={_minor(wanted)}.*\"' at {older}, "
+            f"for {newer} is ahead"
+        )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _order(version: str) -> list[int]:
+    return [int(part) for part in _minor(version).split(".") if part.isdecimal()]

@@ -1,0 +1,289 @@
+"""Clients behind nodes: one request per node and round, whatever the number of clients there.
+
+Knows nothing of Flower itself, only an Exchange; see ``flower_server`` for the real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from fedtl.engines.exchange import Answer, Exchange, Request
+from fedtl.engines.wire import (
+    alone_request,
+    evaluate_request,
+    read_metrics,
+    read_updates,
+    reply_bytes,
+    train_request,
+)
+from fedtl.errors import EnvironmentFault, FedtlError, InputError, PolicyStop, SecurityRefusal
+from fedtl.types import (
+    ClientFailure,
+    ClientMetrics,
+    ClientUpdates,
+    Head,
+    Int64,
+    LocalTraining,
+    Roster,
+    RoundPlan,
+    UInt64,
+    join_metrics,
+)
+
+T = TypeVar("T")
+
+Seats = Mapping[int, Int64]
+"""Node -> the clients it hosts, sorted ids."""
+
+KINDS: Mapping[int, type[FedtlError]] = {
+    kind.exit_code: kind for kind in (InputError, EnvironmentFault, PolicyStop, SecurityRefusal)
+}
+
+
+@dataclass(frozen=True)
+class Question(Generic[T]):
+    """What some clients are asked.
+
+    Attributes:
+        kind, round: see Exchange.
+        request: for the clients of one node.
+        read: what a node's answer says of those clients. Raises InputError.
+        max_bytes: more than all clients together can honestly answer.
+        needed: clients whose answers are enough; None for all.
+        deadlines: how many rounds' time the answer may take.
+    """
+
+    kind: str
+    round: int
+    request: Callable[[Int64], Request]
+    read: Callable[[Int64, Answer], T]
+    max_bytes: int
+    needed: int | None = None
+    deadlines: int = 1
+
+
+@dataclass
+class FlowerEngine:
+    """Runs clients wherever the exchange's nodes are.
+
+    Attributes:
+        exchange: carries requests to nodes and answers back.
+        roster: the federation's clients.
+        seat: called with nodes that are new, or that lost their data; says whom they host.
+        seats: who hosts whom already, where that was settled before.
+        deadline_seconds: a round closes then; None waits for everybody.
+        real: clients are other people's machines: a round closes when it has the answers it needs,
+            and a client's trouble is its own. Otherwise all is one program, and a node's error is
+            raised as what it is.
+        recover: brings nodes that died all at once back, once a round; None where they come back
+            by themselves.
+        opening, letting_go: called by ``start`` before anything else, and by ``close``.
+    """
+
+    exchange: Exchange
+    roster: Roster
+    seat: Callable[[Collection[int]], Seats]
+    seats: Seats
+    deadline_seconds: float | None = None
+    real: bool = False
+    recover: Callable[[], None] | None = None
+    opening: Callable[[], None] = lambda: None
+    letting_go: Callable[[], None] = lambda: None
+
+    def start(self, head: Head) -> None:
+        """Seat all clients and let every node load what it needs, with its smallest client."""
+        self.opening()
+        self._seated(np.empty(0, np.int64))
+        counts = self.roster.train
+        smallest = [own[np.argmin(counts[own])] for own in self.seats.values() if len(own)]
+        clients = np.sort(np.array(smallest, np.int64))
+        # no epoch: nothing is learnt, and nothing about a client's data leaves it
+        training = LocalTraining(epochs=0, batch_size=1, learning_rate=0.1)
+        plan = RoundPlan(0, clients, np.zeros(len(clients), np.uint64), training)
+        self.run_clients(plan, head)
+        self.evaluate(head, clients)
+
+    def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
+        """One reply per node, and one more with the clients of which none came."""
+
+        def request(clients: Int64) -> Request:
+            keys = plan.batch_keys[np.searchsorted(plan.clients, clients)]
+            return train_request(replace(plan, clients=clients, batch_keys=keys), head)
+
+        def read(clients: Int64, answer: Answer) -> ClientUpdates:
+            return read_updates(plan.round, clients, answer.tensors)
+
+        limit = reply_bytes(head, len(plan.clients), len(self.roster.classes))
+        needed = plan.needed if self.real else None
+        question = Question("train", plan.round, request, read, limit, needed)
+        replies, missing = self._collect(question, plan.clients)
+        failures = tuple(ClientFailure(client, why) for client, why in sorted(missing.items()))
+        return [*replies, _only_failures(plan.round, failures, head)]
+
+    def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
+        """The clients that could be judged, sorted by id."""
+
+        def request(some: Int64) -> Request:
+            return evaluate_request(head, some)
+
+        return self._metrics("evaluate", request, head, clients)
+
+    def train_alone(
+        self,
+        head: Head,
+        trainings: Sequence[LocalTraining],
+        batch_keys: UInt64,
+        clients: Int64,
+    ) -> ClientMetrics:
+        """Each client's own head after training alone, judged on its own test examples.
+
+        The heads stay where they are. Clients that did not manage are missing; sorted by id.
+
+        Args:
+            trainings: what a client does in each round.
+            batch_keys: uint64 [rounds, k].
+            clients: int64 [k], sorted.
+        """
+
+        def request(some: Int64) -> Request:
+            keys = batch_keys[:, np.searchsorted(clients, some)]
+            return alone_request(head, some, trainings, keys)
+
+        return self._metrics("alone", request, head, clients, len(trainings))
+
+    def _metrics(
+        self,
+        kind: str,
+        request: Callable[[Int64], Request],
+        head: Head,
+        clients: Int64,
+        deadlines: int = 1,
+    ) -> ClientMetrics:
+        """Answers that are sums over the clients' own test examples."""
+        num_classes = len(self.roster.classes)
+
+        def read(some: Int64, answer: Answer) -> ClientMetrics:
+            return read_metrics(some, num_classes, self.roster.test[some], answer.tensors)
+
+        limit = reply_bytes(head, len(clients), num_classes)
+        question = Question(kind, 0, request, read, limit, deadlines=deadlines)
+        parts, _ = self._collect(question, clients)
+        counts = np.zeros((0, num_classes), np.int64)
+        nobody = ClientMetrics(np.empty(0, np.int64), np.empty(0), counts, counts)
+        joined = join_metrics([nobody, *parts])
+        order = np.argsort(joined.clients)
+        return ClientMetrics(*(column[order] for column in vars(joined).values()))
+
+    def close(self) -> None:
+        """Let go of the nodes."""
+        self.letting_go()
+
+    def _collect(self, question: Question[T], clients: Int64) -> tuple[list[T], dict[int, str]]:
+        """What the clients' nodes answered, and for everybody else why not."""
+        found, missing, lost = self._ask(question, clients)
+        if not lost or self.recover is None:
+            return found, missing
+        self.recover()
+        self.seats = {}
+        again, still, lost_again = self._ask(question, lost)
+        if lost_again:
+            raise EnvironmentFault(
+                f"workers died twice in round {question.round} ({still[lost_again[0]]}); "
+                "the last commit is kept",
+                do="See that memory suffices; 'fedtl resume' goes on",
+            )
+        stay = {client: why for client, why in missing.items() if client not in lost}
+        return [*found, *again], {**stay, **still}
+
+    def _ask(
+        self, question: Question[T], clients: Sequence[int] | Int64
+    ) -> tuple[list[T], dict[int, str], list[int]]:
+        """Answers, why the other clients have none, and which of these had their node die."""
+        asked = self._seated(np.asarray(clients, np.int64))
+        missing = dict.fromkeys([int(client) for client in clients], "its node is not there")
+        one = self.deadline_seconds
+        seconds = None if one is None else one * question.deadlines
+        silence = "no answer" if seconds is None else f"no answer within {seconds:g} s"
+        missing.update(dict.fromkeys(_everybody(asked), silence))
+        requests = {node: question.request(own) for node, own in asked.items()}
+        found: list[T] = []
+        lost: list[int] = []
+        answers = self.exchange.ask(question.kind, requests, seconds, max_bytes=question.max_bytes)
+        for node, answer in answers:
+            own = asked.pop(node).tolist()
+            result = self._read(question, np.array(own, np.int64), answer)
+            if isinstance(result, str):
+                missing.update(dict.fromkeys(own, result))
+                lost += own if answer.lost else []
+            else:
+                found.append(result)
+                for client in own:
+                    del missing[client]
+            if answer.facts.get("unprepared"):  # it is seated anew before it is asked again
+                self.seats = {other: c for other, c in self.seats.items() if other != node}
+            if question.needed is not None and len(clients) - len(missing) >= question.needed:
+                why = f"late: the round had its {question.needed} answers"
+                missing.update(dict.fromkeys(_everybody(asked), why))
+                break
+        return found, missing, lost
+
+    def _read(self, question: Question[T], own: Int64, answer: Answer) -> T | str:
+        """What a node says of its clients, or why that is nothing."""
+        if answer.lost and answer.exit_code and self.recover is None:
+            raise EnvironmentFault(
+                f"{answer.error}; the last commit is kept", do="'fedtl resume' goes on"
+            )
+        if answer.error is not None:
+            if answer.exit_code and not (self.real or answer.lost):
+                raise KINDS.get(answer.exit_code, FedtlError)(answer.error)
+            return answer.error
+        try:
+            return question.read(own, answer)
+        except FedtlError as error:
+            return f"its reply was refused: {error.line()}"
+
+    def _seated(self, clients: Int64) -> dict[int, Int64]:
+        """The given clients by the nodes that are there now, with new nodes taken in first."""
+        there = set(self.exchange.nodes())
+        if new := there - set(self.seats):
+            placed = dict(self.seat(new))
+            taken = np.concatenate([np.empty(0, np.int64), *placed.values()])
+            for node, own in self.seats.items():  # a client may come back behind another node
+                if node in there or not np.isin(own, taken).any():
+                    placed.setdefault(node, own)
+            self.seats = placed
+            self._check_seats()
+        found = {
+            node: np.intersect1d(own, clients, assume_unique=True)
+            for node, own in self.seats.items()
+            if node in there
+        }
+        return {node: own for node, own in found.items() if len(own)}
+
+    def _check_seats(self) -> None:
+        """Every client behind one node at most, and none that nobody knows."""
+        hosted = np.concatenate([np.empty(0, np.int64), *self.seats.values()])
+        ids, counts = np.unique(hosted, return_counts=True)
+        wrong = ids[(counts > 1) | (ids < 0) | (ids >= self.roster.num_clients)]
+        if len(wrong):
+            names = self.exchange.nodes()
+            who = [n for n, own in self.seats.items() if np.isin(wrong, own).any()]
+            raise InputError(
+                "a client is hosted twice, or nobody knows it",
+                where=" and ".join(names.get(n) or f"node {n}" for n in who),
+                got=f"client {wrong[0]}",
+            )
+
+
+def _everybody(asked: Mapping[int, Int64]) -> list[int]:
+    return [client for own in asked.values() for client in own.tolist()]
+
+
+def _only_failures(round: int, failures: tuple[ClientFailure, ...], head: Head) -> ClientUpdates:
+    empty = {name: np.empty((0, *tensor.shape), np.float32) for name, tensor in head.items()}
+    none = np.empty(0, np.int64)
+    return ClientUpdates(round, none, empty, none, np.empty(0), failures)

@@ -1,0 +1,280 @@
+"""Flower's simulation as an engine: its nodes live in Ray's workers, its server in a thread here.
+
+Flower starts one actor per CPU and gives each message to whichever is free.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from queue import Empty, Queue
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtl.engines import ray_cluster
+from fedtl.engines.flower_client import app as client_app
+from fedtl.engines.flower_engine import FlowerEngine, Seats
+from fedtl.engines.flower_server import FlowerExchange
+from fedtl.engines.hosting import save_population
+from fedtl.engines.wire import whole
+from fedtl.errors import EnvironmentFault
+from fedtl.types import Population
+
+JOIN_SECONDS = 120.0
+"""Within this time the runtime must be up and every simulated node have answered."""
+
+STOP_SECONDS = 15.0
+
+GIVEN: ContextVar[Grid | None] = ContextVar("GIVEN", default=None)
+"""The grid of a ServerApp that Flower's own tools run."""
+
+
+@contextmanager
+def given(grid: Grid) -> Iterator[None]:
+    """Within this context ``flower_engine`` uses a grid that Flower's own tools have made."""
+    token = GIVEN.set(grid)
+    try:
+        yield
+    finally:
+        GIVEN.reset(token)
+
+
+def flower_engine(
+    population: Population,
+    *,
+    num_nodes: int | None = None,
+    address: str | None = None,
+    num_cpus: int | None = None,
+    num_gpus: float = 0.0,
+    device: str = "cpu",
+    block_size: int | None = None,
+    deadline_seconds: float | None = None,
+    app: ClientApp = client_app,
+) -> FlowerEngine:
+    """An engine whose clients are hosted by simulated Flower nodes; ``start`` starts them.
+
+    Args:
+        population: who holds what; written to a temporary folder for the workers.
+        num_nodes: simulated nodes; default one per worker.
+        address: a running Ray cluster to join; None starts our own.
+        num_cpus, num_gpus: workers, one CPU each, and GPUs of each worker (may be a fraction).
+        device, block_size: how the kernel runs in the workers.
+        deadline_seconds: see FlowerEngine.
+        app: what the nodes run; tests change it.
+    """
+    grid = GIVEN.get()
+    most = population.num_clients
+    simulation = (
+        Simulation(num_nodes and min(num_nodes, most), address, num_cpus, num_gpus, app)
+        if grid is None
+        else Elsewhere(grid)
+    )
+    setting = {"device": device, "block_size": block_size or 0}
+    people = SimulatedNodes(population, simulation, setting)
+    return FlowerEngine(
+        people.exchange,
+        population.roster(),
+        people.seat,
+        {},
+        deadline_seconds,
+        recover=people.recover if grid is None else None,
+        opening=people.open,
+        letting_go=people.close,
+    )
+
+
+class SimulatedNodes:
+    """Puts a population where simulated nodes find it and learns which of them hosts whom."""
+
+    def __init__(
+        self, population: Population, simulation: Simulation | Elsewhere, setting: dict[str, Any]
+    ) -> None:
+        self._population, self._simulation, self._setting = population, simulation, setting
+        self._folder: Path | None = None
+        self.exchange = FlowerExchange(trouble=simulation.trouble)
+
+    def open(self) -> None:
+        """Write the population down and start the runtime."""
+        self._folder = Path(tempfile.mkdtemp(prefix="fedtl-"))
+        save_population(self._population, self._folder)
+        self._connect()
+
+    def recover(self) -> None:
+        """Start the runtime anew: Flower does not replace a worker that died."""
+        self._simulation.stop()
+        self._connect()
+
+    def close(self) -> None:
+        """Stop the runtime and take the population away again."""
+        self._simulation.stop()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def seat(self, new: Collection[int]) -> Seats:
+        """Ask nodes to join until all are there; Flower's server begins while they register."""
+        places: dict[int, int] = {}
+        num_nodes, until = 1, time.monotonic() + JOIN_SECONDS
+        while time.monotonic() < until:
+            waiting = set(self.exchange.nodes()) - set(places)
+            left = until - time.monotonic()
+            for node, answer in self.exchange.ask("join", {n: ({}, {}) for n in waiting}, left):
+                if answer.error is not None:
+                    raise EnvironmentFault(f"a simulated node cannot join: {answer.error}")
+                places[node] = whole(answer.facts, "partition")
+                num_nodes = whole(answer.facts, "num_nodes")
+            if len(places) == num_nodes:
+                total = self._population.num_clients
+                return {node: np.arange(first, total, num_nodes) for node, first in places.items()}
+            time.sleep(0.05)
+        raise EnvironmentFault(
+            f"only {len(places)} of {num_nodes} simulated nodes joined in {JOIN_SECONDS:g} s",
+            do="Use a smaller engine.num_nodes",
+        )
+
+    def _connect(self) -> None:
+        self.exchange.connect(
+            self._simulation.start(), {**self._setting, "folder": str(self._folder)}
+        )
+        until = time.monotonic() + JOIN_SECONDS
+        while not self.exchange.nodes():  # Flower's server begins before its nodes register
+            trouble = self._simulation.trouble()
+            if trouble or time.monotonic() > until:
+                raise EnvironmentFault(f"no simulated node came: {trouble or 'too slow'}")
+            time.sleep(0.01)
+
+
+class Elsewhere:
+    """A simulation that Flower's own tools started and will stop."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def start(self) -> Grid:
+        """It runs."""
+        return self._grid
+
+    def trouble(self) -> str | None:
+        """Nothing that could be known from here."""
+        return None
+
+    def stop(self) -> None:
+        """Not ours to stop."""
+
+
+class Simulation:
+    """Flower's simulation runtime in a thread of this process, from ``start`` to ``stop``.
+
+    Args:
+        num_nodes: simulated nodes; None for one per worker.
+        address, num_cpus, num_gpus: the Ray cluster, and GPUs of each worker.
+        app: what the nodes run.
+    """
+
+    def __init__(
+        self,
+        num_nodes: int | None,
+        address: str | None,
+        num_cpus: int | None,
+        num_gpus: float,
+        app: ClientApp,
+    ) -> None:
+        self._num_nodes, self._app = num_nodes, app
+        self._address, self._num_cpus, self._num_gpus = address, num_cpus, num_gpus
+        self._over = threading.Event()
+        self._cluster: ray_cluster.Cluster | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # Whoever forgets to close must not wait for ever: Python joins Flower's threads at exit.
+        threading._register_atexit(self._over.set)  # type: ignore[attr-defined]
+
+    def start(self) -> Grid:
+        """Start Ray, or join it, and the runtime on it. Raises EnvironmentFault."""
+        # Flower starts no Ray of its own where one is running: its way is slow, and with the
+        # address of an earlier cluster lying about it waits for that one.
+        self._cluster = ray_cluster.join(
+            self._address, num_cpus=self._num_cpus, num_gpus=math.ceil(self._num_gpus)
+        )
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+        grids: Queue[Grid] = Queue()
+        self._over.clear()
+        self._error = None
+        self._thread = threading.Thread(target=self._run, args=[grids], daemon=True)
+        self._thread.start()
+        until = time.monotonic() + JOIN_SECONDS
+        while time.monotonic() < until and self.trouble() is None:
+            with suppress(Empty):
+                return grids.get(timeout=0.1)
+        raise EnvironmentFault(f"Flower's simulation did not start: {self.trouble() or 'too slow'}")
+
+    def trouble(self) -> str | None:
+        """Why no node can answer any more, or None."""
+        if self._cluster is None or self._thread is None or not self._thread.is_alive():
+            return f"Flower's simulation ended: {self._error or 'it was stopped'}"
+        return self._cluster.trouble()
+
+    def stop(self) -> None:
+        """End the runtime, and the Ray connection with it; bounded, whatever the workers do."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
+        if self._cluster is not None:
+            self._cluster.leave()  # a thread that still waits for a worker cannot without Ray
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS)
+        self._cluster = self._thread = None
+
+    def _run(self, grids: Queue[Grid]) -> None:
+        from flwr.simulation import run_simulation
+
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            grids.put(grid)
+            self._over.wait()
+
+        assert self._cluster is not None
+        nodes = self._num_nodes or self._cluster.num_cpus
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._num_gpus}
+        try:
+            with _watching_closely(nodes):
+                run_simulation(
+                    server_app, self._app, nodes, backend_config={"client_resources": resources}
+                )
+        except BaseException as error:  # whatever it is, the main thread tells it
+            self._error = error
+
+
+@contextmanager
+def _watching_closely(nodes: int) -> Iterator[None]:
+    """Within this context Flower's simulation looks for new messages every 10 ms, not every 0.1 s.
+
+    It waits on the event that would stop it, which it takes from its module's ``threading``. One
+    look takes some time per node, so with many nodes it looks less often.
+    """
+    module: Any = sys.modules["flwr.simulation.run_simulation"]
+    seconds = max(0.01, 1e-4 * nodes)
+
+    class Impatient(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return super().wait(seconds if timeout is None else min(timeout, seconds))
+
+    module.threading = SimpleNamespace(Event=Impatient, Thread=threading.Thread)
+    try:
+        yield
+    finally:
+        module.threading = threading

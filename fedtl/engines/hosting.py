@@ -1,0 +1,118 @@
+"""A population on disk, so that other processes of this machine can host its clients.
+
+The feature matrix is by far the largest part: where it is a stored ``.npy`` file already, only its
+path is noted, and every process maps the same pages. There is no pickle in any of the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.errors import EnvironmentFault, writing
+from fedtl.types import Population, Rows
+
+FACTS = "population.json"
+FEATURES = "features.npy"
+ARRAYS = ("labels", "train.index", "train.offsets", "test.index", "test.offsets")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder with a short path (Unix sockets have 107 characters), gone afterwards.
+
+    Folders of processes that were killed are swept away on the way.
+    """
+    parent = Path(tempfile.gettempdir())
+    for stale in parent.glob("fedtl-[0-9]*-*"):
+        owner = stale.name.split("-")[1]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(stale, ignore_errors=True)
+    with writing("temporary files", parent):
+        folder = Path(tempfile.mkdtemp(prefix=f"fedtl-{os.getpid()}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_population(population: Population, folder: Path) -> None:
+    """Write a population into ``folder``, which must exist.
+
+    Raises:
+        EnvironmentFault: the disk is full or the folder cannot be written.
+    """
+    train, test = population.train, population.test
+    arrays: tuple[npt.NDArray[Any], ...] = (
+        population.labels, train.index, train.offsets, test.index, test.offsets,
+    )  # fmt: skip
+    with writing("the clients' data for other processes", folder):
+        features = stored_file(population.features)
+        if features is None:
+            np.save(folder / FEATURES, population.features, allow_pickle=False)
+        for name, array in zip(ARRAYS, arrays, strict=True):
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+        facts = {
+            "features": str(features or folder.resolve() / FEATURES),
+            "classes": population.classes,
+            "names": population.names,
+            "domains": population.domains,
+        }
+        (folder / FACTS).write_text(json.dumps(facts))
+
+
+def stored_file(features: npt.NDArray[Any]) -> Path | None:
+    """The ``.npy`` file that holds exactly this matrix, or None if it must be copied to one."""
+    if not isinstance(features, np.memmap) or features.filename is None or features.mode != "r":
+        return None
+    path = Path(features.filename).resolve()
+    if path.suffix != ".npy" or not path.is_file():
+        return None
+    whole = np.load(path, mmap_mode="r")
+    # A part of the file, or one in another order, has another shape, strides or dtype.
+    same = (whole.shape, whole.strides, whole.dtype) == (
+        features.shape, features.strides, features.dtype,
+    )  # fmt: skip
+    return path if same else None
+
+
+@functools.lru_cache(maxsize=4)
+def open_population(folder: Path) -> Population:
+    """The population that ``save_population`` wrote; opened once per process.
+
+    Every array is a read-only memory map, so processes share its pages.
+
+    Raises:
+        EnvironmentFault: the folder or the feature file is gone or damaged.
+    """
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        features = np.load(facts["features"], mmap_mode="r")
+        labels, train_index, train_offsets, test_index, test_offsets = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS
+        )
+        names, domains, classes = (tuple(facts[name]) for name in ("names", "domains", "classes"))
+    except (OSError, ValueError, KeyError) as error:
+        raise EnvironmentFault(
+            "the clients' data are gone or damaged on the way to another process",
+            do="Start the run again; 'fedtl cache rm' removes damaged features",
+        ) from error
+    return Population(
+        features,
+        labels,
+        classes,
+        Rows(train_index, train_offsets),
+        Rows(test_index, test_offsets),
+        names,
+        domains,
+    )

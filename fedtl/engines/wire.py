@@ -1,0 +1,296 @@
+"""What travels: facts as JSON and tensors as safetensors, in one blob; read with suspicion.
+
+``pack`` and ``unpack`` know nothing of clients; the typed pairs below them turn plans, updates and
+metrics into facts and tensors and back. No pickle, no code, no path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.errors import InputError
+from fedtl.types import (
+    ClientMetrics,
+    ClientUpdates,
+    Float32,
+    Head,
+    Int64,
+    LocalTraining,
+    RoundPlan,
+    UInt64,
+    head_bytes,
+)
+
+PROTOCOL = 1
+"""Raised whenever an older server or client could misread what is sent."""
+
+MESSAGE_TYPES: Mapping[str, str] = {
+    "join": "query.join",
+    "weights": "query.weights",
+    "prepare": "query.prepare",
+    "train": "train",
+    "evaluate": "evaluate",
+    "alone": "train.alone",
+}
+"""What a node can be asked, and Flower's message type for it."""
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+FACTS = "fedtl"
+DTYPES: Mapping[str, str] = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "U8": "|u1"}
+HEAD = "head."
+"""Before the names of a head's tensors."""
+METRICS = tuple(ClientMetrics.__dataclass_fields__)
+MAX_TENSORS, MAX_AXES, MAX_HEADER = 64, 8, 2**22
+
+
+def pack(facts: Mapping[str, Any], tensors: Tensors) -> bytes:
+    """Facts (JSON values, finite numbers) and tensors (see DTYPES) as one blob."""
+    from safetensors.numpy import save
+
+    known = set(DTYPES.values())
+    for name, tensor in tensors.items():
+        assert tensor.dtype.newbyteorder("<").str in known, f"{name}: {tensor.dtype}"
+    text = json.dumps(facts, allow_nan=False, separators=(",", ":"))
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    return bytes(save(whole, metadata={FACTS: text}))
+
+
+def unpack(content: bytes, max_bytes: int) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    """Facts and tensors of a blob; the tensors are read-only views of it.
+
+    Raises:
+        InputError: whatever is wrong with it; nothing larger than the blob was allocated.
+    """
+    if len(content) > max_bytes:
+        _refuse("it is too large", f"{len(content)} bytes", f"at most {max_bytes}")
+    header_bytes = int.from_bytes(content[:8], "little") if len(content) >= 8 else -1
+    if not 2 <= header_bytes <= min(MAX_HEADER, len(content) - 8):
+        _refuse("its header is longer than itself, or missing", f"{len(content)} bytes")
+    header = _json(content[8 : 8 + header_bytes], "its header")
+    facts = _facts(header.pop("__metadata__", None))
+    if len(header) > MAX_TENSORS:
+        _refuse("it has too many tensors", len(header), f"at most {MAX_TENSORS}")
+    body, tensors, used = memoryview(content)[8 + header_bytes :], {}, 0
+    for name, entry in header.items():
+        tensor, first, stop = _tensor(name, entry, body)
+        if first != used:
+            _refuse(f"tensor {name!r} does not begin where the one before it ends")
+        tensors[name], used = tensor, stop
+    if used != len(body):
+        _refuse("its tensors do not fill it", f"{len(body)} bytes", f"{used}")
+    return facts, tensors
+
+
+def _tensor(name: str, entry: Any, body: memoryview) -> tuple[npt.NDArray[Any], int, int]:
+    """One tensor and the range of bytes it takes."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse(f"tensor {name!r} is not described as tensors are")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        _refuse(f"tensor {name!r} has a wrong type", entry["dtype"], ", ".join(DTYPES))
+    if not _sizes(shape) or len(shape) > MAX_AXES or not _sizes(offsets) or len(offsets) != 2:
+        _refuse(f"tensor {name!r} has no proper shape or place")
+    dtype = np.dtype(DTYPES[entry["dtype"]])
+    count, (first, stop) = math.prod(shape), offsets
+    if not first <= stop <= len(body) or stop - first != count * dtype.itemsize:
+        _refuse(f"tensor {name!r} has another size than its shape", f"{stop - first} bytes", shape)
+    if count == 0:
+        return np.empty(_empty(shape), dtype), first, stop
+    tensor = np.frombuffer(body, dtype, count, first).reshape(shape)
+    return (tensor if tensor.flags.aligned else tensor.copy()), first, stop
+
+
+def _sizes(values: Any) -> bool:
+    """Whether it is a list of whole numbers that an array can have."""
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**48 for v in values)
+
+
+def _empty(shape: list[int]) -> list[int]:
+    """The shape of an empty array, if NumPy can have it."""
+    if math.prod(size for size in shape if size) >= 2**48:
+        _refuse("an empty tensor has an absurd shape", shape)
+    return shape
+
+
+def _facts(metadata: Any) -> dict[str, Any]:
+    if not isinstance(metadata, dict) or set(metadata) != {FACTS}:
+        _refuse("it holds no facts")
+    text = metadata[FACTS]
+    if not isinstance(text, str):
+        _refuse("its facts are no text")
+    return _json(text, "what it says")
+
+
+def _json(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object; NaN, infinities and anything else that is no JSON are refused."""
+    try:
+        found = json.loads(text, parse_constant=_constant, parse_float=_finite)
+    except (ValueError, RecursionError):
+        _refuse(f"{what} cannot be read")
+    if not isinstance(found, dict):
+        _refuse(f"{what} is no table")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _refuse(what: str, got: object = None, allowed: object = None) -> NoReturn:
+    raise InputError(f"a malformed message: {what}", got=got, allowed=allowed)
+
+
+def train_request(plan: RoundPlan, head: Head) -> tuple[dict[str, Any], Tensors]:
+    """Facts and tensors that ask for local training; read by ``read_plan``."""
+    facts = {"round": plan.round, "training": asdict(plan.training)}
+    return facts, {"clients": plan.clients, "batch_keys": plan.batch_keys, **_sent(head)}
+
+
+def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, Head]:
+    """The plan and the head of a request for training."""
+    clients = _vector(tensors, "clients", np.int64)
+    keys = _vector(tensors, "batch_keys", np.uint64, len(clients))
+    plan = RoundPlan(whole(facts, "round"), clients, keys, _training(facts.get("training")))
+    return plan, read_head(tensors)
+
+
+def updates_reply(updates: ClientUpdates) -> tuple[dict[str, Any], Tensors]:
+    """Facts and tensors of trained clients; read by ``read_updates``."""
+    columns = {"clients": updates.clients, "examples": updates.num_examples, "loss": updates.loss}
+    return {"round": updates.round}, {**columns, **_sent(updates.tensors)}
+
+
+def read_updates(round: int, clients: Int64, tensors: Tensors) -> ClientUpdates:
+    """A node's updates, of exactly the clients it was asked for.
+
+    Whether names, shapes and values fit the head is for ``strategies.validation``, which looks at
+    every engine's updates alike.
+    """
+    answered = _vector(tensors, "clients", np.int64)
+    if not np.array_equal(answered, clients):
+        _refuse("it answers for other clients than it was asked for")
+    examples = _vector(tensors, "examples", np.int64, len(clients))
+    loss = _vector(tensors, "loss", np.float64, len(clients))
+    extra = set(tensors) - {"clients", "examples", "loss"}
+    if strange := sorted(name for name in extra if not name.startswith(HEAD)):
+        _refuse(f"it has a tensor {strange[0]!r} that nobody asked for")
+    return ClientUpdates(round, answered, read_head(tensors), examples, loss)
+
+
+def evaluate_request(head: Head, clients: Int64) -> tuple[dict[str, Any], Tensors]:
+    """Facts and tensors that ask for a judgement; read by ``read_clients`` and ``read_head``."""
+    return {}, {"clients": clients, **_sent(head)}
+
+
+def read_clients(tensors: Tensors) -> Int64:
+    """Whom a request is about, int64 [k]."""
+    return _vector(tensors, "clients", np.int64)
+
+
+def alone_request(
+    head: Head, clients: Int64, trainings: Sequence[LocalTraining], batch_keys: UInt64
+) -> tuple[dict[str, Any], Tensors]:
+    """Asks for clients trained alone over all rounds; ``batch_keys`` is uint64 [rounds, k]."""
+    facts = {"trainings": [asdict(training) for training in trainings]}
+    return facts, {"clients": clients, "batch_keys": batch_keys, **_sent(head)}
+
+
+def read_alone(facts: Mapping[str, Any], tensors: Tensors) -> tuple[list[RoundPlan], Head]:
+    """Every round's plan, and the head all of them begin with."""
+    clients, trainings = read_clients(tensors), facts.get("trainings")
+    keys = tensors.get("batch_keys")
+    if not isinstance(trainings, list) or not trainings:
+        _refuse("it names no trainings")
+    if keys is None or keys.dtype != np.uint64 or keys.shape != (len(trainings), len(clients)):
+        _refuse("it has no batch keys for every round and client")
+    plans = [
+        RoundPlan(round, clients, keys[round - 1], _training(training))
+        for round, training in enumerate(trainings, 1)
+    ]
+    return plans, read_head(tensors)
+
+
+def metrics_reply(metrics: ClientMetrics) -> tuple[dict[str, Any], Tensors]:
+    """Facts and tensors of judged clients; read by ``read_metrics``."""
+    return {}, dict(vars(metrics))
+
+
+def read_metrics(clients: Int64, num_classes: int, tests: Int64, tensors: Tensors) -> ClientMetrics:
+    """A node's metrics of exactly the clients it was asked for.
+
+    Args:
+        tests: int64 [k], the test examples each of them has: what it must have judged.
+    """
+    answered = _vector(tensors, "clients", np.int64)
+    loss = _vector(tensors, "loss_sum", np.float64, len(clients))
+    correct, count = tensors.get("correct"), tensors.get("count")
+    if not np.array_equal(answered, clients) or set(tensors) != set(METRICS):
+        _refuse("it answers something else than it was asked for")
+    shape = (len(clients), num_classes)
+    for values in (correct, count):
+        if values is None or values.dtype != np.int64 or values.shape != shape:
+            _refuse(f"its counts are no int64 of shape {shape}")
+    assert correct is not None
+    assert count is not None
+    if (correct < 0).any() or (correct > count).any() or (count.sum(axis=1) != tests).any():
+        _refuse("its counts are not those of its test examples")
+    return ClientMetrics(answered, loss, correct, count)
+
+
+def reply_bytes(head: Head, num_clients: int, num_classes: int) -> int:
+    """What an honest reply about so many clients has at most, updates or metrics."""
+    return num_clients * (head_bytes(head) + 16 * num_classes + 64) + 2**16
+
+
+def read_head(tensors: Tensors) -> dict[str, Float32]:
+    """A head, or stacked heads, among a message's tensors; their types are checked where used."""
+    return {
+        name.removeprefix(HEAD): tensor for name, tensor in tensors.items() if name.startswith(HEAD)
+    }
+
+
+def whole(facts: Mapping[str, Any], name: str) -> int:
+    """A whole number among the facts, not negative."""
+    value = facts.get(name)
+    if type(value) is not int or not 0 <= value < 2**48:
+        _refuse(f"{name} is no whole number")
+    return value
+
+
+def _sent(head: Mapping[str, Float32]) -> dict[str, Float32]:
+    return {HEAD + name: tensor for name, tensor in head.items()}
+
+
+def _vector(
+    tensors: Tensors, name: str, dtype: npt.DTypeLike, length: int | None = None
+) -> npt.NDArray[Any]:
+    """A column of a message, one value per client."""
+    values = tensors.get(name)
+    if values is None or values.dtype != dtype or values.ndim != 1:
+        _refuse(f"it has no proper column {name!r}")
+    if length is not None and len(values) != length:
+        _refuse(f"column {name!r} has another length", len(values), length)
+    return values
+
+
+def _training(content: Any) -> LocalTraining:
+    """Hyper-parameters, each of its own type; how large they may be is the kernel's to say."""
+    kinds = {name: type(value) for name, value in vars(LocalTraining(1, 1, 0.1)).items()}
+    if not isinstance(content, dict) or {n: type(v) for n, v in content.items()} != kinds:
+        _refuse("it has no proper training")
+    return LocalTraining(**content)
