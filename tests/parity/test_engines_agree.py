@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedtl.build import make_federation, open_data
+from fedtl.conduct import head_hash
+from fedtl.engines import Engine
 from fedtl.interrupts import Interrupts
 from fedtl.parity import COMPARED, Quiet, certify, ways
+from fedtl.results.runs import RunFolder
+from fedtl.rounds import Federation, run_rounds
 from fedtl.run import run_scenario
 from fedtl.scenario.load import validate
+from fedtl.scenario.schema import Scenario
+
+pytestmark = [  # Ray leaves sockets and its own dead children to the garbage collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 BASE: dict[str, Any] = {
     "name": "parity",
@@ -39,7 +51,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "an adaptive server": {"strategy": {"name": "fedadam"}},
     "a proximal term": {"strategy": {"name": "fedprox", "mu": 0.5}},
     "an MLP head": {"head": {"kind": "mlp", "hidden": [6]}},
-    "half-width features": {"backbone": {"name": "identity", "feature_dtype": "float16"}},
     "clients that fail": {
         "participation": {"absent": [{"round": 2, "clients": ["3", "7", "8"]}]},
         "validation": {"max_norm_ratio": 1.2},  # the longest updates of a round are refused
@@ -75,43 +86,69 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "people.npz"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_ray() -> Iterator[None]:
-    """One Ray for all runs of this file; starting one takes seconds."""
-    from fedtl.engines import ray_cluster
-
-    cluster = ray_cluster.join(num_cpus=4)
-    yield
-    cluster.leave()
+def scenario_of(people: Path, changes: dict[str, Any], engine: dict[str, Any]) -> Scenario:
+    data = {"source": "arrays", "path": str(people)}
+    return validate({**BASE, "data": data, **changes, "engine": engine}, "parity", {})
 
 
 def run(people: Path, place: Path, changes: dict[str, Any], engine: dict[str, Any]) -> Any:
-    data = {"source": "arrays", "path": str(people)}
-    scenario = validate({**BASE, "data": data, **changes, "engine": engine}, "parity", {})
+    scenario = scenario_of(people, changes, engine)
     return run_scenario(scenario, place, Quiet(lambda note: None), Interrupts())
 
 
+def rounds(federation: Federation, place: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The loop alone: what a run's summary would compare, and every client's rows."""
+    folder = RunFolder.create(place, "")
+    try:
+        state, done = run_rounds(federation, folder, lambda row, updates: None, Interrupts())
+        folder.write_tables()
+    finally:
+        folder.release()
+    return {
+        "head_sha256": head_hash(state.head),
+        "cohorts_blake2b": done.cohorts,
+        "batches_blake2b": done.batches,
+        "bytes_up": done.bytes_up,
+        "bytes_down": done.bytes_down,
+    }, pd.read_parquet(place / "clients.parquet")
+
+
+@pytest.fixture(scope="module")
+def simplest(people: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every scenario, client by client on one thread."""
+    engine = {"kind": "local", "threads": 1, "block_size": 1}
+    found = {}
+    for name, changes in SCENARIOS.items():
+        place = tmp_path_factory.mktemp("simplest")
+        summary = run(people, place, changes, engine)
+        rows = pd.read_parquet(place / "clients.parquet").query("split != 'everyone'")
+        found[name] = {key: summary[key] for key in COMPARED}, rows.reset_index(drop=True)
+    return found
+
+
+@pytest.fixture(scope="module", params=list(ENGINES))
+def engine(request: Any, people: Path) -> Iterator[Engine]:
+    """One engine for all scenarios, as their clients are the same: starting one takes seconds."""
+    built = make_federation(open_data(scenario_of(people, {}, ENGINES[request.param])))
+    made = built.federation.engine
+    try:
+        made.start(built.federation.head)
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.mark.parametrize("name", list(SCENARIOS))
-def test_all_engines_give_the_same_bits(name: str, people: Path, tmp_path: Path) -> None:
-    changes = SCENARIOS[name]
-    plain = run(
-        people, tmp_path / "plain", changes, {"kind": "local", "threads": 1, "block_size": 1}
-    )
-    tables = [tmp_path / "plain"]
-    for engine, section in ENGINES.items():
-        place = tmp_path / engine.replace(" ", "-")
-        other = run(people, place, changes, section)
-        tables.append(place)
-        assert {key: other[key] for key in COMPARED} == {key: plain[key] for key in COMPARED}, (
-            engine
-        )
-        assert other["final"] == plain["final"], engine
-        assert other["scenario_hash"] == plain["scenario_hash"]
-    kept = pd.read_parquet(tables[0] / "clients.parquet")
-    for place in tables[1:]:  # every loss and norm of every client, and who was refused and why
-        pd.testing.assert_frame_equal(
-            kept, pd.read_parquet(place / "clients.parquet"), check_exact=True
-        )
+def test_all_engines_give_the_same_bits(
+    name: str, engine: Engine, simplest: dict[str, Any], people: Path, tmp_path: Path
+) -> None:
+    scenario = scenario_of(people, SCENARIOS[name], {"kind": "local"})
+    federation = make_federation(open_data(scenario)).federation
+    facts, rows = rounds(replace(federation, engine=engine), tmp_path / "run")
+    wanted, kept = simplest[name]
+    assert facts == wanted
+    # every loss and norm of every client, and who was refused and why
+    pd.testing.assert_frame_equal(kept, rows, check_exact=True)
 
 
 def test_the_scenarios_do_what_their_names_say(people: Path, tmp_path: Path) -> None:
@@ -122,15 +159,15 @@ def test_the_scenarios_do_what_their_names_say(people: Path, tmp_path: Path) -> 
     assert rows["status"].str.contains("times the cohort's median").any()
     assert (rows["status"] == "ok").any()
     summary = run(people, tmp_path / "more", SCENARIOS["more clients asked than needed"], engine)
-    rounds = pd.read_parquet(tmp_path / "more" / "rounds.parquet")
-    assert set(rounds["cohort"]) == {6}
-    assert set(rounds["accepted"]) == {4}
+    table = pd.read_parquet(tmp_path / "more" / "rounds.parquet")
+    assert set(table["cohort"]) == {6}
+    assert set(table["accepted"]) == {4}
     assert summary["rounds_completed"] == 3
 
 
 def test_the_certificate(people: Path) -> None:
-    data = {"source": "arrays", "path": str(people)}
-    scenario = validate({**BASE, "data": data}, "parity", {})
+    changes = {"backbone": {"name": "identity", "feature_dtype": "float16"}, "rounds": 2}
+    scenario = scenario_of(people, changes, {"kind": "local"})
     told: list[str] = []
     done: list[str] = []
     certificate = certify(
@@ -141,6 +178,7 @@ def test_the_certificate(people: Path) -> None:
         lambda attempt: done.append(attempt.engine),
     )
     facts = certificate.as_facts()
+    assert [one["not_run"] for one in facts["engines"]] == [None] * len(done)
     assert certificate.equal
     assert facts["equal"] is True
     assert {name.split(",")[0] for name in done} == {"local", "ray", "flower"}
