@@ -257,7 +257,7 @@ def _console(as_json: bool) -> Any:
     """Where people read: standard output, or standard error while that carries JSON."""
     from fedtl.terminal import PatientConsole
 
-    return PatientConsole(stderr=as_json, highlight=False)
+    return PatientConsole(stderr=as_json)
 
 
 def main() -> None:

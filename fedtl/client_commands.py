@@ -10,7 +10,10 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, help="Take part with data of your own, which stay here.")
 
-Name = Annotated[str, typer.Option("--name", help="This client's name, as it will be approved.")]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="This client's name, as it is approved; default: its key's."),
+]
 Join = Annotated[
     Path, typer.Option("--join", metavar="FILE", help="The join file that the server gave out.")
 ]
@@ -26,10 +29,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on standard
 
 
 @app.command()
-def keys(name: Name, folder: Folder = Path(), as_json: AsJson = False) -> None:
+def keys(
+    name: Annotated[
+        str | None, typer.Option("--name", help="This client's name; default: the machine's.")
+    ] = None,
+    folder: Folder = Path(),
+    as_json: AsJson = False,
+) -> None:
     """Make this client's key pair. The private half never leaves this machine."""
-    from fedtl.deployment.keys import make_keys
+    from fedtl.deployment.keys import machine_name, make_keys
 
+    name = machine_name() if name is None else name
     private, public, key = make_keys(folder, name)
     if as_json:
         facts = {"name": name, "private": str(private), "public": str(public)}
@@ -45,19 +55,20 @@ def keys(name: Name, folder: Folder = Path(), as_json: AsJson = False) -> None:
 @app.command()
 def check(
     join: Join,
-    name: Name,
     data: DataPath,
+    name: Name = None,
     folder: Folder = Path(),
     careless: Careless = False,
     as_json: AsJson = False,
 ) -> None:
     """Look whether this client is ready. Sends no image and no label anywhere."""
-    from fedtl.deployment.keys import PRIVATE, check_name
+    from fedtl.deployment.keys import PRIVATE, check_name, only_name
     from fedtl.deployment.preflight import examine_client
     from fedtl.listings import print_findings
     from fedtl.terminal import shown
 
-    key = folder / (check_name(name) + PRIVATE)
+    name = only_name(folder) if name is None else check_name(name)
+    key = folder / (name + PRIVATE)
     flight = examine_client(join, key, data, insecure_permissions=careless)
     verdict = flight.verdict()
     if as_json:
@@ -78,16 +89,18 @@ def check(
 @app.command()
 def start(
     join: Join,
-    name: Name,
     data: DataPath,
+    name: Name = None,
     folder: Folder = Path(),
     careless: Careless = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Take part: answer the server's requests until you stop it."""
+    from fedtl.deployment.keys import only_name
     from fedtl.deployment.taking_part import take_part
     from fedtl.interrupts import Interrupts
 
+    name = only_name(folder) if name is None else name
     with Interrupts() as interrupts:
         take_part(
             join, name, data, folder, device, _console(), interrupts, insecure_permissions=careless
@@ -124,4 +137,4 @@ def audit(
 def _console() -> Any:
     from fedtl.terminal import PatientConsole
 
-    return PatientConsole(highlight=False, emoji=False)
+    return PatientConsole()

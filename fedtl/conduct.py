@@ -127,9 +127,7 @@ def _conclude(
     scenario, roster = federation.scenario, federation.roster
 
     def check() -> None:
-        interrupts.check(
-            "interrupted; all rounds are done", f"Type 'fedtl resume {folder.path}' to finish"
-        )
+        interrupts.check("interrupted; all rounds are done")
 
     def begin(reference: str) -> None:
         observer.comparing(reference)

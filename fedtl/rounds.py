@@ -132,10 +132,7 @@ def run_rounds(
         if progress.abandoned >= federation.scenario.participation.patience:
             raise _below_quorum(federation, updates, progress)
         if progress.round < total:
-            interrupts.check(
-                f"interrupted; saved round {progress.round} of {total}",
-                f"Type 'fedtl resume {folder.path}' to continue at {progress.round + 1}",
-            )
+            interrupts.check(f"interrupted; saved round {progress.round} of {total}")
     return state, progress
 
 

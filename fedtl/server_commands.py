@@ -145,4 +145,4 @@ def resume(
 def _console(as_json: bool) -> Any:
     from fedtl.terminal import PatientConsole
 
-    return PatientConsole(stderr=as_json, highlight=False, emoji=False)
+    return PatientConsole(stderr=as_json)

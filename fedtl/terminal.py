@@ -123,6 +123,9 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
 class PatientConsole(Console):
     """Goes on in silence when nobody reads any more: a run is not lost to ``| head``."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, emoji=False, **options)  # text is shown as it is
+
     def on_broken_pipe(self) -> None:
         """Point the stream to nowhere, so that nothing later fails on it."""
         self.quiet = True

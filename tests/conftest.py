@@ -90,6 +90,25 @@ def _population() -> Population:
 
 
 @pytest.fixture
+def descendants() -> Callable[[int], dict[int, str]]:
+    """Tells the processes below one: process id -> command line."""
+
+    def find(parent: int) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:  # it ended meanwhile
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found |= {int(entry.name): line, **find(int(entry.name))}
+        return found
+
+    return find
+
+
+@pytest.fixture
 def updates() -> Callable[..., ClientUpdates]:
     """A maker of updates: round, client ids, one [k, ...] array per tensor."""
 

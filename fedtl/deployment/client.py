@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +34,14 @@ from fedtl.engines.exchange import Answering
 from fedtl.engines.flower_processes import Child, free_port, quieten, start_supernode
 from fedtl.errors import EnvironmentFault, SecurityRefusal, writing
 from fedtl.interrupts import Interrupts
+from fedtl.results.files import write_atomic
 
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 30.0
-STEADY_SECONDS = 60.0
+KNOCK_SECONDS = 4.0
+"""The longest wait between two knocks at a server that does not answer; a knock costs little."""
+
+STEADY_SECONDS = 10.0
 """A SuperNode that lived this long was well; the next wait is short again."""
 
 SOMEBODY_ELSE_SECONDS = 75.0
@@ -51,19 +55,23 @@ FINISH_SECONDS = 10.0
 
 STEP_SECONDS = 0.2
 
+NODE = "node"
+"""File in the working folder: Flower's id of our node."""
+
 
 @dataclass
 class Backoff:
     """How long to wait before the next attempt: doubled each time, capped, and never the same at
     two clients, which would otherwise all come back in the same instant."""
 
+    longest: float = LONGEST_WAIT_SECONDS
     _seconds: float = FIRST_WAIT_SECONDS
     _random: secrets.SystemRandom = field(default_factory=secrets.SystemRandom)
 
     def next(self) -> float:
         """Seconds to wait now."""
         wait = self._seconds * self._random.uniform(0.5, 1)
-        self._seconds = min(2 * self._seconds, LONGEST_WAIT_SECONDS)
+        self._seconds = min(2 * self._seconds, self.longest)
         return wait
 
     def reset(self) -> None:
@@ -108,7 +116,7 @@ def serve_node(client: Client, node: Answering, interrupts: Interrupts) -> None:
     from fedtl.engines.flower_runtime import Resident
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # we say ourselves what is going on
-    with _working_folder(client) as home:
+    with _working_folder(client) as (home, node_before):
         secret = (home / "secret").read_bytes()
         port, stop = free_port(), threading.Event()
 
@@ -126,7 +134,7 @@ def serve_node(client: Client, node: Answering, interrupts: Interrupts) -> None:
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        keeper = _Keeper(client, home, port)
+        keeper = _Keeper(client, home, port, node_before)
         try:
             while True:
                 interrupts.check("nothing more leaves this machine")
@@ -144,13 +152,14 @@ def serve_node(client: Client, node: Answering, interrupts: Interrupts) -> None:
 class _Keeper:
     """Keeps one SuperNode running."""
 
-    def __init__(self, client: Client, home: Path, port: int) -> None:
+    def __init__(self, client: Client, home: Path, port: int, node: int) -> None:
         self._client, self._home, self._port = client, home, port
         self._child: Child | None = None
         self._started = self._next = self._look = 0.0
-        self._node = 0  # ours at the server, once it was online
+        self._node = node  # ours at the server, once it was online
+        self._noted = b""
         self._others_since: float | None = None
-        self._backoff = Backoff()
+        self._starts, self._knocks = Backoff(), Backoff(KNOCK_SECONDS)
 
     def step(self) -> None:
         """Look once; start what must be started."""
@@ -172,14 +181,16 @@ class _Keeper:
         self._child.stop()
         self._child = None
         if now - self._started > STEADY_SECONDS:
-            self._backoff.reset()
+            self._starts.reset()
 
     def _attempt(self, now: float) -> None:
         """Start a SuperNode if the server would let it in."""
-        self._next = now + self._backoff.next()
         hello = self._hello()
         if hello is None:
+            self._next = now + self._knocks.next()
             return
+        self._knocks.reset()
+        self._next = now + self._starts.next()
         client = self._client
         if hello.online and hello.node == self._node:
             from fedtl.engines.flower_runtime import release_node
@@ -205,7 +216,10 @@ class _Keeper:
         hello = self._hello(STEP_SECONDS * 15)
         online = hello is not None and hello.online
         if hello is not None and online and self._child is not None:
-            self._node = hello.node
+            self._node, note = hello.node, str(hello.node).encode()
+            if self._noted != note:
+                write_atomic(self._home / NODE, note)
+                self._noted = note
             self._client.say("connected; waiting for the server")
         self._look = now + (LOOK_SECONDS if online or hello is None else 3 * STEP_SECONDS)
 
@@ -238,15 +252,21 @@ class _Keeper:
 
 
 @contextmanager
-def _working_folder(client: Client) -> Iterator[Path]:
-    """A folder that only we can read, with what the SuperNode needs; gone afterwards."""
-    home = client.folder / f".{client.name}.flower"
+def _working_folder(client: Client) -> Iterator[tuple[Path, int]]:
+    """A folder that only we can read, with what the SuperNode needs; gone afterwards.
+
+    Also gives the id of the node that a killed client left online: whoever has its folder, and the
+    lock on its audit log, may take leave for it.
+    """
+    home, node = client.folder / f".{client.name}.flower", 0
+    with suppress(OSError, ValueError):
+        node = int((home / NODE).read_bytes()[:32])
     with writing("the client's working folder", client.folder):
-        shutil.rmtree(home, ignore_errors=True)  # a killed client left it
+        shutil.rmtree(home, ignore_errors=True)
         home.mkdir(mode=0o700)
     try:
         write_secret(home / "secret", secrets.token_bytes(32))
         write_new(home / "ca.pem", client.join.authority, 0o600)
-        yield home
+        yield home, node
     finally:
         shutil.rmtree(home, ignore_errors=True)

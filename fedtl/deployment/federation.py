@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtl.deployment.certificates import (
     ALWAYS,
     Issued,
+    days_left,
     issue_server,
     load_certificate,
     make_authority,
@@ -73,6 +74,10 @@ class Federation:
         key = serialization.load_pem_private_key(self.path("signing.key").read_bytes(), None)
         assert isinstance(key, Ed25519PrivateKey)
         return key
+
+    def certificate_days(self) -> float:
+        """Days that the server's certificate is still valid; negative when it has expired."""
+        return days_left(load_certificate(self.path("server.pem").read_bytes(), "server.pem"))
 
     def approved(self) -> dict[str, PublicKey]:
         """Approved clients by name, sorted."""

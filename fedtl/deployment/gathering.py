@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedtl.deployment.class_table import ClassTable, agree_on_classes
-from fedtl.deployment.membership import Member, Settling
+from fedtl.deployment.membership import POLL_SECONDS, Member, Settling
 from fedtl.deployment.terms import make_terms
 from fedtl.engines.exchange import Exchange
 from fedtl.errors import InputError, PolicyStop
@@ -29,6 +29,9 @@ STEP_SECONDS = 0.2
 
 AGAIN_SECONDS = 5.0
 """A client that was refused is asked again after this long: it may have been mended."""
+
+JOIN_SECONDS = 5.0
+"""For the answer to a request to join; clients that need longer say so."""
 
 SEAT_SECONDS = 10.0
 """So long a round waits for clients that came back to be made ready."""
@@ -176,7 +179,8 @@ class Gathering:
                 reason = (
                     f"since the run began its {' and '.join(changed)} changed" if changed else ""
                 )
-            if reason or member.joined is None:  # refused, or silent: the rounds go on
+            silent = member.joined is None and not member.reading
+            if reason or silent:  # the rounds go on without it
                 self._rest[member.node] = self.clock() + REST_SECONDS
                 self._refuse(member.node, name, reason or "it does not answer")
             elif member.ready is not None:
@@ -200,9 +204,10 @@ class Gathering:
             fresh = self._newcomers(online, wanted, members, asked_again)
             left = until - self.clock()
             if fresh and left > 0:
-                failed = self._settling(fresh, min(left, SEAT_SECONDS)).join()
+                failed = self._settling(fresh, min(left, JOIN_SECONDS)).join()
                 for name, member in fresh.items():
-                    asked_again[member.node] = self.clock() + AGAIN_SECONDS
+                    again = POLL_SECONDS if member.reading else AGAIN_SECONDS
+                    asked_again[member.node] = self.clock() + again
                     if member.joined is not None:
                         members[name] = member
                         self.observer.joined(name, member.joined)
@@ -254,7 +259,7 @@ class Gathering:
             self.join_seconds if seconds is None else seconds,
             seconds,
             self.observer,
-            self.check,
+            self.check if seconds is None else lambda: None,  # a round is not torn apart
             self.clock,
             self.sleep,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from fedtl.deployment.class_table import MAX_CLASSES
 from fedtl.deployment.keys import check_name
 from fedtl.deployment.private_data import (
     Order,
+    Ready,
     Session,
+    Task,
     Work,
     discreet,
     load_private,
@@ -43,7 +46,7 @@ from fedtl.scenario import schema
 from fedtl.types import Int64, Population
 
 REPLY_SECONDS = 1.0
-"""So long a request to prepare waits for the features before it answers how far they are."""
+"""So long a request waits for data or features before it answers how far they are."""
 
 
 class PrivateHost:
@@ -70,13 +73,17 @@ class PrivateHost:
         self._tell = tell or logging.getLogger("fedtl").warning
         self._engine = schema.Engine.model_validate({"threads": threads, "device": device})
         self._session: Session | None = None
+        self._reading: tuple[Session, Task[Examples]] | None = None
         self._examples: Examples | None = None
         self._weights: Path | None = None
         self._reception: Reception | None = None
         self._work: Work | None = None
+        self._ready: Ready | None = None
 
     def join(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Who is here. A run that was not known here makes the data be read anew.
+        """Who is here, or only that the data are still being read.
+
+        A run that was not known here makes the data be read anew.
 
         Raises:
             InputError: another version, another backbone, or data that cannot be used.
@@ -89,11 +96,8 @@ class PrivateHost:
             )
         refuse_other_version(facts.get("versions"), "the server", "this client")
         session = self._read_terms(facts)
-        if session != self._session:
-            self._forget()
-            with discreet():
-                self._examples = load_private(self._data, session.scenario.data)
-            self._session = session
+        if session != self._session and not self._read(session):
+            return {"name": self.name, "reading": True}
         assert self._examples is not None
         return {
             "name": self.name,
@@ -146,24 +150,24 @@ class PrivateHost:
             self._stop_work()
             self._work = Work(order, self._examples, self._weights, self.name)
         work = self._work
-        work.finished.wait(REPLY_SECONDS)
-        if not work.finished.is_set():
+        if not work.task.finished.wait(REPLY_SECONDS):
             return {"ready": False, "done": work.done, "total": work.total}
-        if work.result is None:
-            self._work = None  # asked once more, it tries once more
+        try:
             with discreet():
-                assert work.failure is not None
-                raise work.failure
+                self._ready = work.task.outcome()
+        except BaseException:
+            self._work = None  # asked once more, it tries once more
+            raise
         for note in work.notes:
             self._tell(note)
         work.notes = ()
-        return work.result.facts
+        return self._ready.facts
 
     def population(self) -> Population:
         """This one client's data. Raises NotPrepared."""
-        if self._work is None or self._work.result is None:
+        if self._ready is None:
             raise NotPrepared("this client has no data ready: it was not asked to prepare")
-        return self._work.result.population
+        return self._ready.population
 
     def ids(self, clients: Int64) -> Int64:
         """Row 0, whatever the client's number in the federation; int64 [1]."""
@@ -174,6 +178,21 @@ class PrivateHost:
     def close(self) -> None:
         """Stop working; nothing half-done stays on the disk."""
         self._forget()
+
+    def _read(self, session: Session) -> bool:
+        """Whether the data are here for this session; reads them in the background."""
+        if self._reading is None or self._reading[0] != session:
+            self._forget()
+            call = partial(load_private, self._data, session.scenario.data)
+            self._reading = session, Task(call, "read")
+        task = self._reading[1]
+        if not task.finished.wait(REPLY_SECONDS):
+            return False
+        self._reading = None
+        with discreet():
+            self._examples = task.outcome()
+        self._session = session
+        return True
 
     def _read_terms(self, facts: Mapping[str, Any]) -> Session:
         announced = read_announcement(facts.get("backbone"))
@@ -216,7 +235,7 @@ class PrivateHost:
     def _forget(self) -> None:
         self._stop_work()
         self._stop_receiving()
-        self._session = self._examples = self._weights = None
+        self._session = self._reading = self._examples = self._weights = None
 
     def _stop_receiving(self) -> None:
         if self._reception is not None:
@@ -226,7 +245,7 @@ class PrivateHost:
     def _stop_work(self) -> None:
         if self._work is not None:
             self._work.stop()
-            self._work = None
+        self._work = self._ready = None
 
 
 def _read_classes(facts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import platform
 import re
 import stat
 from dataclasses import dataclass
@@ -49,6 +50,29 @@ def check_name(name: str, where: object = "--name") -> str:
             allowed="letters, digits, '.', '_' and '-', at most 64, the first a letter or digit",
         )
     return name
+
+
+def machine_name() -> str:
+    """A name for this machine's client where the user gives none: the host's, as far as it can be."""
+    found = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node().split(".")[0]).strip("._-")[:64]
+    return found or "client"
+
+
+def only_name(folder: Path) -> str:
+    """The name of the one client whose key is in the folder.
+
+    Raises:
+        InputError: there is no key, or more than one.
+    """
+    names = sorted(path.stem for path in folder.glob(f"*{PRIVATE}"))
+    if len(names) == 1:
+        return check_name(names[0])
+    raise InputError(
+        "several keys are here: which client is it?" if names else "there is no key here",
+        where=folder.resolve().name or folder,
+        got=", ".join(names[:5]) or None,
+        do="Give --name" if names else "Type 'fedtl client keys --name NAME'",
+    )
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path, PublicKey]:

@@ -34,6 +34,16 @@ POLL_SECONDS = 0.5
 REPLY_BYTES = 2**22
 """Room for the names of many classes."""
 
+JOINED = (
+    "name", "classes", "numbered", "examples", "versions", "cpu", "device", "threads",
+    "has_backbone", "free_disk_bytes",
+)  # fmt: skip
+READY = (
+    "train", "test", "width", "domain", "left_out", "leaks", "way", "seconds", "fingerprint",
+    "backbone",
+)  # fmt: skip
+"""What is kept of a client's answers; anything else it may say is dropped."""
+
 MAX_NAME = 200
 MAX_WIDTH = 65_536
 MAX_EXAMPLES = 2**40
@@ -51,6 +61,7 @@ class Member:
         best: the furthest it came, in pieces and in examples.
         next_at: it is not asked before.
         gone: no node of its name is online.
+        reading: it is here, and still reads its data.
     """
 
     name: str
@@ -65,6 +76,7 @@ class Member:
     best: dict[str, int] = field(default_factory=dict)
     next_at: float = 0.0
     gone: bool = False
+    reading: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -201,15 +213,24 @@ class Settling:
                 f"it calls itself {str(facts.get('name'))[:MAX_NAME]!r}, and its key is approved "
                 f"as {member.name!r}"
             )
+        if facts.get("reading") is True:
+            member.reading = True
+            return
         refuse_other_version(facts.get("versions"), "the client", "the server")
         held = _read_held(facts)
         _number(facts, "examples", 1, MAX_EXAMPLES)
+        _number(facts, "threads", 1, MAX_EXAMPLES)
+        _number(facts, "free_disk_bytes", 0, 2**63)
+        _text(facts, "cpu")
+        if facts.get("device") not in ("cpu", "cuda"):
+            raise InputError("it computes on no device that fedtl knows")
         if member.joined is not None and held != member.held:
             raise InputError("its classes changed while others were made ready")
         stage = PREPARE if facts.get("has_backbone") is True else WEIGHTS
         if stage == WEIGHTS and self.terms["backbone"]["weights"] != FILE:
             raise InputError("it has no backbone, and there is no file to send it")
-        member.joined, member.held, member.stage = dict(facts), held, stage
+        member.joined = {key: facts.get(key) for key in JOINED}
+        member.held, member.stage = held, stage
         member.piece, member.next_at = 0, 0.0
 
     def _hear_weights(self, member: Member, facts: Mapping[str, Any]) -> None:
@@ -232,13 +253,22 @@ class Settling:
             return
         train, test = _number(facts, "train", 1, total), _number(facts, "test", 0, total)
         _number(facts, "width", 1, MAX_WIDTH)
+        _number(facts, "left_out", 0, total)
+        _number(facts, "leaks", 0, total)
         if train + test > total:
             raise InputError("it says it has more examples than before")
         for key in ("fingerprint", "way", "domain"):
             _text(facts, key)
+        seconds = facts.get("seconds")
+        if (
+            not isinstance(seconds, int | float)
+            or isinstance(seconds, bool)
+            or not 0 <= seconds < MAX_EXAMPLES
+        ):
+            raise InputError("it does not say how long it took")
         if facts.get("backbone") != self.terms["backbone"]["identity"]:
             raise InputError("it made features with another backbone than the announced one")
-        member.ready = dict(facts)
+        member.ready = {key: facts.get(key) for key in READY}
         self.observer.prepared(member.name, member.ready)
 
     def _progress(self, member: Member, stage: str, done: int) -> None:

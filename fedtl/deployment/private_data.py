@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from fedtl.deployment.backbone_transfer import IDENTITY, Announcement
 from fedtl.errors import InputError
 from fedtl.scenario import schema
 from fedtl.types import Int32, Population
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,43 +61,64 @@ class Order:
     key: bytes
 
 
+class Task(Generic[T]):
+    """A call in a thread of its own: requests are answered meanwhile.
+
+    Attributes:
+        finished: set when it is over.
+    """
+
+    def __init__(self, call: Callable[[], T], name: str) -> None:
+        self.finished = threading.Event()
+        self._call = call
+        self._result: list[T] = []
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def outcome(self) -> T:
+        """What the call gave, or raises what it raised; waits for its end."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._result[0]
+
+    def _run(self) -> None:
+        try:
+            self._result.append(self._call())
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self.finished.set()
+
+
 class _Stopped(Exception):
     """The work is not wanted any more."""
 
 
 class Work:
-    """Features on their way, in a thread of their own: requests are answered meanwhile.
+    """Features on their way.
 
     Attributes:
+        order: what is asked for.
         done, total: examples.
-        result, failure: one of them once ``finished`` is set.
-        notes: for the client's own terminal.
+        notes: for the client's own terminal, once it is over.
+        task: gives what is ready.
     """
 
     def __init__(self, order: Order, examples: Examples, weights: Path | None, name: str) -> None:
         self.order = order
-        self.finished = threading.Event()
         self.done, self.total = 0, len(examples)
-        self.result: Ready | None = None
-        self.failure: BaseException | None = None
         self.notes: tuple[str, ...] = ()
         self._examples, self._weights, self._name = examples, weights, name
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prepare", daemon=True)
-        self._thread.start()
+        self.task = Task(self._prepare, "prepare")
 
     def stop(self) -> None:
-        """End it; returns when the thread has ended."""
+        """End it; returns when it has ended."""
         self._stopping.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._prepare()
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self.finished.set()
+        with suppress(BaseException):
+            self.task.outcome()
 
     def _progress(self, done: int, total: int) -> None:
         if self._stopping.is_set():

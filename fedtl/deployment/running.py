@@ -14,6 +14,7 @@ from typing import Any
 
 from fedtl import machine
 from fedtl.conduct import Prepared, conduct
+from fedtl.deployment.certificates import WARNING_DAYS
 from fedtl.deployment.federation import Federation
 from fedtl.deployment.gathering import Gathered, Gathering
 from fedtl.deployment.judging import judge_remotely
@@ -114,6 +115,10 @@ def _carry_on(
     terminal, interrupts = deployment.terminal, deployment.interrupts
     backbone = open_backbone(scenario.backbone, scenario.seed)
     party = _read_party(folder.path)
+    if (left := deployment.federation.certificate_days()) < WARNING_DAYS:
+        terminal.noted(
+            f"the server's certificate ends in {left:.0f} days: 'fedtl server init --renew'"
+        )
     terminal.console.print("starting Flower's SuperLink", style="dim")
     with open_grid(deployment.federation) as opened, closing(RollCall(terminal)) as roll_call:
         exchange = FlowerExchange(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import shutil
 import time
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from fedtl.deployment.certificates import days_left, load_certificate
 from fedtl.deployment.federation import Federation, own_facts
 from fedtl.deployment.join import is_loopback
 from fedtl.deployment.keys import write_secret
@@ -78,8 +78,7 @@ def open_grid(federation: Federation) -> Iterator[OpenGrid]:
         EnvironmentFault: the port is taken, or the SuperLink does not start.
     """
     join = federation.join()
-    left = days_left(load_certificate(federation.path("server.pem").read_bytes(), "server.pem"))
-    if left < 0:
+    if (left := federation.certificate_days()) < 0:
         raise SecurityRefusal(
             f"the server's certificate expired {-left:.0f} days ago",
             where=federation.root,
@@ -108,6 +107,7 @@ def open_grid(federation: Federation) -> Iterator[OpenGrid]:
     try:
         from fedtl.engines.flower_submission import Submission
 
+        logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters is raised
         loopback = "[::1]" if ":" in host else "127.0.0.1"
         authority = federation.path("ca.pem").read_bytes()
         grid = Submission(f"{loopback}:{join.port}", authority, token, lambda: child.poll() is None)

@@ -78,6 +78,8 @@ def take_part(
 
         def audit(sent: Sent) -> None:
             log.sent(sent)
+            if sent.facts.get("ready") is False:  # how far the features are, again and again
+                return
             shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in sent.shapes.items())
             where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
             tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")

@@ -163,6 +163,7 @@ def serve(app: Any, settings: Mapping[str, Any], **options: Any) -> None:
         ssl_keyfile=options["ssl_keyfile"],
         ssl_certfile=options["ssl_certfile"],
         http=ImpatientProtocol,
+        ws="none",
         access_log=False,  # five lines a second and node would bury everything else
         log_config=options["log_config"],
         limit_concurrency=MAX_CONNECTIONS,

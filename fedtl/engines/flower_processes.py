@@ -294,6 +294,8 @@ def _hasten(loops: Any) -> None:
                 end(number, frame)
 
         signal.signal(signal.SIGTERM, later)
+        # Flower sends itself this one where the server does not know its node any more.
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(1))
 
     loops.time = SimpleNamespace(sleep=nap)
     loops._push_messages, loops.register_signal_handlers = push, register

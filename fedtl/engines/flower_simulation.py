@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from queue import Empty, Queue
@@ -29,7 +27,7 @@ from fedtl.engines import ray_cluster
 from fedtl.engines.flower_client import app as client_app
 from fedtl.engines.flower_engine import FlowerEngine, Seats
 from fedtl.engines.flower_server import FlowerExchange
-from fedtl.engines.hosting import save_population
+from fedtl.engines.hosting import save_population, scratch_folder
 from fedtl.engines.wire import whole
 from fedtl.errors import EnvironmentFault
 from fedtl.types import Population
@@ -38,6 +36,9 @@ JOIN_SECONDS = 120.0
 """Within this time the runtime must be up and every simulated node have answered."""
 
 STOP_SECONDS = 15.0
+
+LOOK_SECONDS = 0.2
+"""Between two looks whether Ray itself is alive."""
 
 GIVEN: ContextVar[Grid | None] = ContextVar("GIVEN", default=None)
 """The grid of a ServerApp that Flower's own tools run."""
@@ -104,14 +105,18 @@ class SimulatedNodes:
         self, population: Population, simulation: Simulation | Elsewhere, setting: dict[str, Any]
     ) -> None:
         self._population, self._simulation, self._setting = population, simulation, setting
-        self._folder: Path | None = None
+        self._stack = ExitStack()
+        self._folder = Path()
         self.exchange = FlowerExchange(trouble=simulation.trouble)
 
     def open(self) -> None:
         """Write the population down and start the runtime."""
-        self._folder = Path(tempfile.mkdtemp(prefix="fedtl-"))
-        save_population(self._population, self._folder)
-        self._connect()
+        with ExitStack() as stack:
+            self._folder = stack.enter_context(scratch_folder())
+            stack.callback(self._simulation.stop)
+            save_population(self._population, self._folder)
+            self._connect()
+            self._stack = stack.pop_all()
 
     def recover(self) -> None:
         """Start the runtime anew: Flower does not replace a worker that died."""
@@ -120,9 +125,7 @@ class SimulatedNodes:
 
     def close(self) -> None:
         """Stop the runtime and take the population away again."""
-        self._simulation.stop()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
     def seat(self, new: Collection[int]) -> Seats:
         """Ask nodes to join until all are there; Flower's server begins while they register."""
@@ -205,9 +208,8 @@ class Simulation:
         """Start Ray, or join it, and the runtime on it. Raises EnvironmentFault."""
         # Flower starts no Ray of its own where one is running: its way is slow, and with the
         # address of an earlier cluster lying about it waits for that one.
-        self._cluster = ray_cluster.join(
-            self._address, num_cpus=self._num_cpus, num_gpus=math.ceil(self._num_gpus)
-        )
+        gpus = math.ceil(self._num_gpus * (self._num_cpus or 1))
+        self._cluster = ray_cluster.join(self._address, num_cpus=self._num_cpus, num_gpus=gpus)
         logging.getLogger("flwr").setLevel(logging.CRITICAL)
         grids: Queue[Grid] = Queue()
         self._over.clear()
@@ -232,9 +234,7 @@ class Simulation:
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
         if self._cluster is not None:
-            self._cluster.leave()  # a thread that still waits for a worker cannot without Ray
-        if self._thread is not None:
-            self._thread.join(STOP_SECONDS)
+            self._cluster.leave()
         self._cluster = self._thread = None
 
     def _run(self, grids: Queue[Grid]) -> None:
@@ -251,7 +251,7 @@ class Simulation:
         nodes = self._num_nodes or self._cluster.num_cpus
         resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._num_gpus}
         try:
-            with _watching_closely(nodes):
+            with _as_a_guest(nodes, lambda: self._over.is_set() or bool(self.trouble())):
                 run_simulation(
                     server_app, self._app, nodes, backend_config={"client_resources": resources}
                 )
@@ -260,21 +260,42 @@ class Simulation:
 
 
 @contextmanager
-def _watching_closely(nodes: int) -> Iterator[None]:
-    """Within this context Flower's simulation looks for new messages every 10 ms, not every 0.1 s.
+def _as_a_guest(nodes: int, over: Callable[[], bool]) -> Iterator[None]:
+    """Within this context Flower's simulation leaves Ray to us and is quick to see messages.
 
-    It waits on the event that would stop it, which it takes from its module's ``threading``. One
-    look takes some time per node, so with many nodes it looks less often.
+    It would disconnect this process from Ray when it ends, whoever connected it, and wait without
+    end for a worker whose Ray is gone. And it looks for new messages every 0.1 s by waiting on the
+    event that would stop it, which it takes from its module's ``threading``; one that waits 10 ms
+    makes a round so much shorter. A look takes some time per node: with many it is less often.
     """
-    module: Any = sys.modules["flwr.simulation.run_simulation"]
-    seconds = max(0.01, 1e-4 * nodes)
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+
+    simulation: Any = sys.modules["flwr.simulation.run_simulation"]
+    host, ray, seconds = raybackend.RayBackend, raybackend.ray, max(0.01, 1e-4 * nodes)
 
     class Impatient(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
             return super().wait(seconds if timeout is None else min(timeout, seconds))
 
-    module.threading = SimpleNamespace(Event=Impatient, Thread=threading.Thread)
+    class Guest(host):  # type: ignore[misc, valid-type]
+        def build(self, *arguments: Any) -> None:
+            super().build(*arguments)
+            fetch = self.pool.fetch_result_and_return_actor_to_pool
+
+            def fetch_or_leave(future: Any) -> Any:
+                while not ray.wait([future], timeout=LOOK_SECONDS)[0]:
+                    if over():
+                        raise ConnectionError("the simulation is over")
+                return fetch(future)
+
+            self.pool.fetch_result_and_return_actor_to_pool = fetch_or_leave
+
+        def terminate(self) -> None:
+            """Workers end with the connection."""
+
+    simulation.threading = SimpleNamespace(Event=Impatient, Thread=threading.Thread)
+    raybackend.RayBackend = Guest  # type: ignore[misc]
     try:
         yield
     finally:
-        module.threading = threading
+        simulation.threading, raybackend.RayBackend = threading, host  # type: ignore[misc]

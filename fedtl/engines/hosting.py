@@ -6,13 +6,14 @@ path is noted, and every process maps the same pages. There is no pickle in any 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,50 @@ from fedtl.types import Population, Rows
 
 FACTS = "population.json"
 FEATURES = "features.npy"
+PREFIX, OWNER, LONGEST = "fedtl-run-", "owner", 20
 ARRAYS = ("labels", "train.index", "train.offsets", "test.index", "test.offsets")
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A temporary folder with a short path (Unix sockets have 107 characters), gone afterwards.
+def scratch_folder(name: str | None = None) -> Iterator[Path]:
+    """A temporary folder, gone afterwards.
 
-    Folders of processes that were killed are swept away on the way.
+    Folders of processes that were killed are swept away on the way: nobody locks their owner file
+    any more.
+
+    Args:
+        name: of the folder, which must not exist; its path is short, as Unix sockets in it have
+            107 characters. Default: a name and place of the system's choice.
+
+    Raises:
+        EnvironmentFault: there is no room for temporary files.
     """
     parent = Path(tempfile.gettempdir())
-    for stale in parent.glob("fedtl-[0-9]*-*"):
-        owner = stale.name.split("-")[1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(stale, ignore_errors=True)
+    if name is not None and len(str(parent)) > LONGEST:
+        parent = Path("/tmp")
+    _sweep(parent)
     with writing("temporary files", parent):
-        folder = Path(tempfile.mkdtemp(prefix=f"fedtl-{os.getpid()}-"))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX)) if name is None else parent / (PREFIX + name)
+        folder.mkdir(mode=0o700, exist_ok=name is None)
+        owner = os.open(folder / "new", os.O_CREAT | os.O_RDWR)
     try:
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(folder / "new", folder / OWNER)  # only now can it be swept
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(owner)
+
+
+def _sweep(parent: Path) -> None:
+    for file in parent.glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError):  # locked, somebody else's, or gone already
+            owner = os.open(file, os.O_RDWR)
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(file.parent, ignore_errors=True)
+            finally:
+                os.close(owner)
 
 
 def save_population(population: Population, folder: Path) -> None:

@@ -6,14 +6,17 @@ this process, however that ends. A cluster that is joined is left running.
 
 from __future__ import annotations
 
+import functools
 import os
+import secrets
 import signal
 import socket
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,7 +41,8 @@ SETTINGS = {
 }
 
 CONNECT_SECONDS = 5.0
-INIT_SECONDS = 60.0
+HEALTH_SECONDS = 15.0  # in which a cluster's head must have said that it is one
+END_SECONDS = 3.0  # in which Ray's killed processes are gone
 CHECK_SECONDS = 0.05  # at most this often is Ray asked whether it lives
 
 
@@ -74,7 +78,9 @@ class Cluster:
         self._stack.close()
 
 
-def join(address: str | None = None, *, num_cpus: int | None = None, num_gpus: int = 0) -> Cluster:
+def join(
+    address: str | None = None, *, num_cpus: int | None = None, num_gpus: int | None = 0
+) -> Cluster:
     """Start a Ray of our own, or join the cluster at ``address``.
 
     Where this process is connected to Ray already, that connection is used and left as it is.
@@ -82,7 +88,7 @@ def join(address: str | None = None, *, num_cpus: int | None = None, num_gpus: i
     Args:
         address: ``host:port`` of a running cluster's head; None or "local" for one of our own.
         num_cpus: CPUs of our own; default what the machine allows.
-        num_gpus: GPUs of our own.
+        num_gpus: GPUs of our own; None for all that Ray finds.
 
     Raises:
         InputError: an address that is none.
@@ -92,47 +98,56 @@ def join(address: str | None = None, *, num_cpus: int | None = None, num_gpus: i
         os.environ.setdefault(name, value)
     import ray
 
+    if ray.is_initialized():
+        return Cluster(False, ExitStack())
+    ours = address is None or address == "local"
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     with ExitStack() as stack:
-        ours = address in (None, "local")
-        if ray.is_initialized():
-            return Cluster(False, stack.pop_all())
-        arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if ours:
-            scratch = stack.enter_context(scratch_folder())
+        if address is None or address == "local":
             arguments |= {
                 "address": "local",
                 "num_cpus": num_cpus or machine.allowed_cores(),
                 "num_gpus": num_gpus,
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
-                "_temp_dir": str(scratch),
+                "_temp_dir": str(stack.enter_context(scratch_folder(_folder_name()))),
                 "_system_config": SETTINGS,
             }
         else:
-            _refuse_dead(str(address))
+            _refuse_dead(address)
             arguments["address"] = address
+        stack.enter_context(_without_listener())
+        began: list[subprocess.Popen[bytes]] = []
+        stack.callback(_reap, began)
         stack.callback(ray.shutdown)
-        stack.enter_context(_silent())
         try:
-            with _own_signals():
+            with _well_behaved():
                 ray.init(**arguments)
+            began += _began()
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise EnvironmentFault(
                 "Ray does not start" if ours else "the Ray cluster cannot be joined",
                 where=None if ours else address,
                 got=str(error).strip().split("\n")[0],
-                do="Set engine.kind = 'local'"
-                if ours
-                else "'ray status' shows whether it runs; "
-                "this machine must be one of its nodes and have the same Python and Ray",
+                do="Set engine.kind = 'local'" if ours else JOINING,
             ) from error
         return Cluster(ours, stack.pop_all())
 
 
+JOINING = (
+    "'ray status' shows whether it runs; this machine must be one of its nodes "
+    "('ray start --address=HOST:PORT') and have the same Python and Ray"
+)
+
+
+@functools.cache
+def _folder_name() -> str:
+    """The same for each Ray of this process: a later one makes folders where the first one had."""
+    return f"ray-{secrets.token_hex(4)}"
+
+
 def in_worker() -> bool:
     """Whether this process is a Ray worker: part of a simulation, on nobody's real machine."""
-    import sys
-
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return False
@@ -140,13 +155,13 @@ def in_worker() -> bool:
 
 
 def _refuse_dead(address: str) -> None:
-    """Raise where nobody answers: Ray itself would try for minutes, deaf to signals."""
+    """Raise where no cluster answers: Ray itself would try for minutes, deaf to signals."""
     try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
+        parts = urlsplit(f"//{address}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if not host or not port:
+    if not host or not port or "/" in address:
         raise InputError(
             "not the address of a Ray cluster",
             where="engine.address",
@@ -155,65 +170,99 @@ def _refuse_dead(address: str) -> None:
         )
     try:
         socket.create_connection((host, port), CONNECT_SECONDS).close()
+        # Something answers. Whether that is Ray only Ray's client can tell, which is too patient.
+        ask = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+        subprocess.run(
+            [sys.executable, "-c", ask, address],
+            check=True, capture_output=True, timeout=HEALTH_SECONDS,
+        )  # fmt: skip
     except OSError as error:
-        raise EnvironmentFault(
-            "no Ray cluster answers",
-            where="engine.address",
-            got=f"{address}: {error.strerror or error}",
-            do="'ray status' on its head shows whether it runs; or leave engine.address out",
-        ) from error
+        why = error.strerror or str(error)
+    except subprocess.SubprocessError:
+        why = "what listens there is no Ray"
+    else:
+        return
+    raise EnvironmentFault(
+        "no Ray cluster answers",
+        where="engine.address",
+        got=f"{address}: {why}",
+        do="'ray status' on its head shows whether it runs; or leave engine.address out",
+    )
 
 
-Door = tuple[str, int] | str
-"""Where a part of Ray listens: host and port, or the path of a Unix socket."""
-
-
-def _doors() -> dict[str, Door]:
-    """Where the parts of Ray listen that nothing works without."""
+def _doors() -> dict[str, tuple[str, int]]:
+    """Host and port of the parts of Ray that nothing works without."""
     import ray
 
     node: Any = ray._private.worker.global_worker.node
     host, _, port = str(node.gcs_address).rpartition(":")
-    return {"head": (host, int(port)), "raylet": str(node.raylet_socket_name)}
+    raylet = str(node.node_ip_address), int(node.node_manager_port)
+    return {"head": (host, int(port)), "raylet": raylet}
 
 
-def _opens(door: Door) -> bool:
+def _opens(door: tuple[str, int]) -> bool:
     """Whether somebody listens there."""
     try:
-        if isinstance(door, str):
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(CONNECT_SECONDS)
-                probe.connect(door)
-        else:
-            socket.create_connection(door, CONNECT_SECONDS).close()
+        socket.create_connection(door, CONNECT_SECONDS).close()
     except OSError:
         return False
     return True
 
 
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Ray's loggers say nothing below CRITICAL: what matters is told in our words."""
-    import logging
+def _began() -> list[subprocess.Popen[bytes]]:
+    """The processes of a Ray of our own; of one that was joined, none."""
+    import ray
 
-    logger = logging.getLogger("ray")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    node: Any = ray._private.worker.global_worker.node
+    return [one.process for kind in node.all_processes.values() for one in kind]
+
+
+def _reap(began: list[subprocess.Popen[bytes]]) -> None:
+    """See that what Ray has told to end is gone, and what writes in its folder with it.
+
+    Each process began a group of its own (see ``_well_behaved``), in which its children are.
+    """
+    until = time.monotonic() + END_SECONDS
+    for process in began:
+        with suppress(ProcessLookupError):
+            while time.monotonic() < until:
+                process.poll()
+                os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(0.01)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        setattr(owner, name, before)
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Puts signal handlers back: Ray sets one of its own for SIGTERM, and then ends at once."""
-    if threading.current_thread() is not threading.main_thread():
+def _well_behaved() -> Iterator[None]:
+    """Within this context Ray starts in ways for which it has no settings.
+
+    It would exchange 127.0.0.1 for an address that others reach; set a handler of its own for
+    SIGTERM, which ends this process at once; and leave its processes in this process's group, where
+    a signal to the group (from a terminal, or ``timeout``) ends them before the round is committed.
+    """
+    from ray._private import services, utils
+
+    with (
+        _replaced(services, "resolve_ip_for_localhost", lambda host: host),
+        _replaced(utils, "set_sigterm_handler", lambda handler: None),
+        _replaced(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
+    ):
         yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+
+
+@contextmanager
+def _without_listener() -> Iterator[None]:
+    """Within this context Ray does not print what happens to workers; it would, on stdout."""
+    from ray._private import worker
+
+    with _replaced(worker, "print_to_stdstream", lambda *ignored, **too: None):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

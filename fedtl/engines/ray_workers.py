@@ -7,20 +7,22 @@ engine uses. A block goes to whichever worker is free; which one that was change
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedtl.clients.evaluation import evaluate_clients
-from fedtl.clients.training import train_clients
+from fedtl import machine
 from fedtl.engines import ray_cluster
 from fedtl.engines.hosting import open_population, save_population, scratch_folder
+from fedtl.engines.local import LocalEngine
 from fedtl.errors import EnvironmentFault, FedtlError
 from fedtl.failpoints import failpoint
 from fedtl.types import (
@@ -29,51 +31,68 @@ from fedtl.types import (
     ClientUpdates,
     Head,
     Int64,
-    LocalTraining,
     Population,
     RoundPlan,
+    Rows,
+    head_bytes,
     join_metrics,
 )
 
 BLOCKS_PER_WORKER = 4
 """Evens out clients of unequal size."""
 
-LARGEST_BLOCK = 256
-"""Clients: their heads travel back in one message."""
+LARGEST_BLOCK, LARGEST_REPLY = 256, 2**25
+"""Clients whose heads travel back in one message, and bytes of these heads."""
 
 LOOK_SECONDS = 0.2
 """Between two looks whether Ray itself is alive."""
 
-START_SECONDS = 120.0
-"""In which workers must have loaded everything."""
+START_SECONDS = 300.0
+"""In which a worker must have been found room for and have loaded everything."""
+
+SAME_BITS = ("fedtl", "python", "numpy", "numba", "torch")
+"""What must have one version on all machines of a cluster, or results could differ."""
 
 Block = Int64
-"""Clients that one worker takes at a time."""
+"""What one worker takes at a time: clients, or places in a plan."""
 
 
 class Worker:
-    """What runs in an actor's process.
+    """What runs in an actor's process, on one core or one share of a GPU.
 
     Args:
         source: the population, or the folder where ``save_population`` wrote it.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, source: Population | Path, device: str, block_size: int | None) -> None:
-        self._population = open_population(source) if isinstance(source, Path) else source
-        self._device, self._block_size = device, block_size
+    def __init__(self, source: Population | Path, device: str) -> None:
+        self._source, self._device = source, device
+
+    @cached_property
+    def _engine(self) -> LocalEngine:
+        source = self._source
+        population = open_population(source) if isinstance(source, Path) else source
+        return LocalEngine(population, 1, self._device)
+
+    def load(self, head: Head) -> dict[str, str]:
+        """Open the data and compile the kernel; the versions in use."""
+        self._engine.start(head)
+        return machine.versions()
 
     def train(self, plan: RoundPlan, head: Head) -> ClientUpdates:
-        """The plan's clients, trained one after the other on this worker's one core or GPU."""
+        """The plan's clients, trained one after the other."""
         failpoint("client_before_train", plan.round)
-        updates = train_clients(
-            self._population, head, plan, device=self._device, block_size=self._block_size
-        )
+        (updates,) = self._engine.run_clients(plan, head)
         failpoint("client_after_train", plan.round)
         return updates
 
     def evaluate(self, clients: Int64, head: Head) -> ClientMetrics:
         """The head on the clients' own test examples."""
-        return evaluate_clients(self._population, head, clients, device=self._device)
+        return self._engine.evaluate(head, clients)
+
+
+class _Died(Exception):
+    """A worker's process ended, or cannot be reached."""
 
 
 Actor = Any
@@ -82,13 +101,13 @@ Actor = Any
 
 @dataclass
 class RayEngine:
-    """All clients of a population on Ray workers of one core, or one share of a GPU, each.
+    """All clients of a population on Ray workers.
 
     Attributes:
         population: who holds what.
         address: of a running cluster, which is left running; None for a Ray of our own.
-        num_cpus: workers wanted; None for as many as Ray has cores.
-        num_gpus: GPUs of each worker, may be a fraction.
+        num_cpus: workers wanted, of one core each; None for as many as Ray has cores.
+        num_gpus: GPUs of each worker, may be a fraction; 0 shares out all GPUs if device is "cuda".
         device: "cpu" or "cuda".
         block_size: clients in a block; None divides evenly.
         deadline_seconds: a round closes then without the blocks that are missing; None for never.
@@ -103,45 +122,42 @@ class RayEngine:
     deadline_seconds: float | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     _cluster: ray_cluster.Cluster | None = None
-    _new_actor: Callable[[], Actor] | None = None
+    _make: Callable[[], tuple[Actor, Any]] | None = None
+    _size: int = 0  # workers there should be
     _idle: list[Actor] = field(default_factory=list)
+    # what is under way: worker, block (None while it loads), which attempt at it
+    _busy: dict[Any, tuple[Actor, Block | None, int]] = field(default_factory=dict)
+    _added: float = 0.0  # when the last worker was asked for
 
     def start(self, head: Head) -> None:
         """Start Ray or join it, start the workers and let each load what it needs."""
-        with ExitStack() as stack:
-            gpus = int(np.ceil(self.num_gpus * (self.num_cpus or 1)))
-            cluster = ray_cluster.join(self.address, num_cpus=self.num_cpus, num_gpus=gpus)
-            stack.callback(cluster.leave)
-            self._cluster = cluster
-            self._new_actor = self._maker(self._source(cluster, stack))
-            self._idle = [self._new_actor() for _ in range(self._num_workers(cluster))]
-            stack.callback(self._idle.clear)
-            self._stack = stack.pop_all()
-        # every worker gets one: whoever is free takes the next
-        smallest = np.array([np.argmin(self.population.train.counts)], np.int64)
-        blocks = [smallest] * len(self._idle)
-        training = LocalTraining(epochs=1, batch_size=1, learning_rate=0.1)
-        plan = RoundPlan(0, smallest, np.zeros(1, np.uint64), training)
-        _, missing = self._map(
-            0, blocks, lambda actor, _: actor.train.remote(plan, head), START_SECONDS
-        )
-        if missing:
-            raise EnvironmentFault(f"Ray's workers did not start in {START_SECONDS:g} s")
-        self.evaluate(head, smallest)
+        gpus = None if self.device == "cuda" or self.num_gpus else 0
+        cluster = ray_cluster.join(self.address, num_cpus=self.num_cpus, num_gpus=gpus)
+        self._stack.callback(cluster.leave)
+        self._cluster = cluster
+        self._size, share = room(cluster, self.num_cpus, self.num_gpus, self.device)
+        self._make = self._maker(cluster, share, head)
+        self._stack.callback(self._end_workers)
+        for _ in range(self._size):
+            self._add()
+        self._share_out([], lambda actor, block: None, START_SECONDS, everybody=True)
+        if not self._idle:
+            raise EnvironmentFault(f"no Ray worker was ready within {START_SECONDS:g} s")
 
     def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
         """One reply per block, in the order in which they were done."""
-        places = self._blocks(np.arange(len(plan.clients)))
+        sent = self._sent(head)
 
         def train(actor: Actor, block: Block) -> Any:
             part = RoundPlan(plan.round, plan.clients[block], plan.batch_keys[block], plan.training)
-            return actor.train.remote(part, head)
+            return actor.train.remote(part, sent)
 
-        replies, missing = self._map(plan.round, places, train, self.deadline_seconds)
+        blocks = self._blocks(np.arange(len(plan.clients)), head)
+        replies, missing = self._share_out(blocks, train, self.deadline_seconds)
         if missing:
             reason = f"no answer within {self.deadline_seconds:g} s"
-            late = [plan.clients[i] for block in missing for i in block.tolist()]
-            failures = tuple(ClientFailure(int(client), reason) for client in late)
+            late = plan.clients[np.concatenate(missing)].tolist()
+            failures = tuple(ClientFailure(client, reason) for client in late)
             empty = {name: np.empty((0, *t.shape), np.float32) for name, t in head.items()}
             none = np.empty(0, np.int64)
             replies.append(ClientUpdates(plan.round, none, empty, none, np.empty(0), failures))
@@ -149,11 +165,15 @@ class RayEngine:
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
         """Each client's own test examples, sorted by client id."""
-
-        def judge(actor: Actor, block: Block) -> Any:
-            return actor.evaluate.remote(block, head)
-
-        parts, _ = self._map(0, self._blocks(clients), judge, None)
+        sent = self._sent(head)
+        parts, _ = self._share_out(
+            self._blocks(clients, head),
+            lambda actor, block: actor.evaluate.remote(block, sent),
+            self.deadline_seconds,
+        )
+        if not parts:
+            nothing = np.empty((0, len(head["bias"])), np.int64)
+            return ClientMetrics(np.empty(0, np.int64), np.empty(0), nothing, nothing)
         joined = join_metrics(parts)
         order = np.argsort(joined.clients)
         return ClientMetrics(*(column[order] for column in vars(joined).values()))
@@ -161,119 +181,220 @@ class RayEngine:
     def close(self) -> None:
         """End the workers and a Ray of our own; a cluster that was joined stays."""
         self._stack.close()
-        self._cluster = None
+        self._cluster = self._make = None
 
-    def _source(self, cluster: ray_cluster.Cluster, stack: ExitStack) -> Any:
-        """How workers get the population: over the disk of this machine, or the object store."""
+    def _maker(
+        self, cluster: ray_cluster.Cluster, share: float, head: Head
+    ) -> Callable[[], tuple[Actor, Any]]:
+        """Makes a worker: its handle, and Ray's reference to what ``load`` will return."""
+        import ray
+
         if cluster.ours:
-            folder = stack.enter_context(scratch_folder())
-            save_population(self.population, folder)
-            return folder
-        import ray
+            source: Any = self._stack.enter_context(scratch_folder())
+            save_population(self.population, source)
+        else:
+            source = ray.put(_in_memory(self.population))
+        kind: Any = ray.remote(Worker)
+        kind = kind.options(num_cpus=1, num_gpus=share, max_restarts=0)
 
-        return ray.put(_in_memory(self.population))
-
-    def _maker(self, source: Any) -> Callable[[], Actor]:
-        import ray
-
-        options = {"num_cpus": 1, "num_gpus": self.num_gpus, "max_restarts": 0}
-        kind: Any = ray.remote(Worker).options(**options)
-
-        def make() -> Actor:
-            return kind.remote(source, self.device, self.block_size)
+        def make() -> tuple[Actor, Any]:
+            actor = kind.remote(source, self.device)
+            return actor, actor.load.remote(dict(head))
 
         return make
 
-    def _num_workers(self, cluster: ray_cluster.Cluster) -> int:
-        """As many as are wanted and as Ray has room for."""
-        found = min(self.num_cpus or cluster.num_cpus, cluster.num_cpus)
-        if self.num_gpus > 0:
-            found = min(found, int(cluster.num_gpus / self.num_gpus + 1e-9))
-        if found < 1:
-            raise EnvironmentFault(
-                "Ray has no room for a worker",
-                got=f"{cluster.num_cpus} free CPUs, {cluster.num_gpus:g} free GPUs",
-                allowed=f"1 CPU and {self.num_gpus:g} GPUs",
-                do="Wait for others to finish, or lower engine.num_gpus",
-            )
-        return found
+    def _add(self) -> None:
+        assert self._make is not None
+        actor, loaded = self._make()
+        self._busy[loaded] = actor, None, 1
+        self._added = time.monotonic()
 
-    def _blocks(self, items: Int64) -> list[Block]:
-        share = -(-len(items) // (BLOCKS_PER_WORKER * max(1, len(self._idle))))
-        size = self.block_size or min(LARGEST_BLOCK, max(1, share))
+    def _sent(self, head: Head) -> Any:
+        """The head as workers are given it: in the message, or once in a cluster's object store."""
+        cluster = self._alive()
+        if cluster.ours:
+            return dict(head)
+        import ray
+
+        return ray.put(dict(head))
+
+    def _blocks(self, items: Int64, head: Head) -> list[Block]:
+        share = math.ceil(len(items) / (BLOCKS_PER_WORKER * max(1, self._size)))
+        most = max(1, min(LARGEST_BLOCK, LARGEST_REPLY // head_bytes(head)))
+        size = self.block_size or max(1, min(share, most))
         return [items[first : first + size] for first in range(0, len(items), size)]
 
-    def _map(
+    def _share_out(
         self,
-        round: int,
         blocks: Sequence[Block],
         submit: Callable[[Actor, Block], Any],
         seconds: float | None,
+        everybody: bool = False,
     ) -> tuple[list[Any], list[Block]]:
-        """Every block's result, and the blocks that had none at the deadline.
+        """Every block's result, and the blocks that had none in time.
 
         A worker that dies is replaced and its block done again, once.
+
+        Args:
+            submit: gives a block to a worker, returns Ray's reference to what will be its result.
+            seconds: how long to wait, None for as long as it takes.
+            everybody: also wait until all workers are loaded.
         """
         import ray
 
-        waiting, busy = deque((block, 1) for block in blocks), dict[Any, tuple[Actor, Block, int]]()
-        workers, deaths = len(self._idle), 0
-        until = None if seconds is None else time.monotonic() + seconds
+        waiting, left, deaths = deque((block, 1) for block in blocks), len(blocks), 0
+        until = math.inf if seconds is None else time.monotonic() + seconds
         results: list[Any] = []
-        while waiting or busy:
+        while left or (everybody and self._busy):
+            self._alive()
             while waiting and self._idle:
                 block, attempt = waiting.popleft()
                 actor = self._idle.pop()
-                busy[submit(actor, block)] = actor, block, attempt
-            done, _ = ray.wait(list(busy), timeout=LOOK_SECONDS)
-            self._refuse_trouble(round)
+                self._busy[submit(actor, block)] = actor, block, attempt
+            done, _ = ray.wait(list(self._busy), timeout=LOOK_SECONDS)
+            self._alive()
             for ref in done:
-                actor, block, attempt = busy.pop(ref)
+                actor, given, attempt = self._busy.pop(ref)
                 try:
-                    results.append(ray.get(ref))
-                    self._idle.append(actor)
-                except ray.exceptions.RayTaskError as error:
-                    self._idle.append(actor)
-                    raise _told(error) from None
-                except (ray.exceptions.RayError, OSError) as error:
+                    result = _result(ref)
+                except _Died as error:
                     deaths += 1
-                    if attempt == 2 or deaths > max(1, workers - 1):
-                        raise _died(round, f"{deaths} workers died", error) from error
-                    self._replace()
-                    waiting.appendleft((block, 2))
-            if until is not None and time.monotonic() > until:
-                for actor, _, _ in busy.values():  # they would answer into a later round
-                    ray.kill(actor)
-                    self._replace()
-                missing = [block for _, block, _ in busy.values()]
-                return results, [*missing, *(block for block, _ in waiting)]
+                    if attempt == 2 or deaths >= max(2, self._size):
+                        raise self._fault(f"{deaths} of Ray's workers died", error) from error
+                    self._add()
+                    if given is not None:
+                        waiting.appendleft((given, 2))
+                    continue
+                except FedtlError:
+                    self._idle.append(actor)
+                    self._drop()
+                    raise
+                self._idle.append(actor)
+                if given is None:
+                    _refuse_others(result)
+                else:
+                    results.append(result)
+                    left -= 1
+            if time.monotonic() > until:
+                return results, [*self._drop(), *(block for block, _ in waiting)]
+            if waiting and not self._running() and time.monotonic() > self._added + START_SECONDS:
+                raise self._fault(f"no Ray worker was ready within {START_SECONDS:g} s")
         return results, []
 
-    def _replace(self) -> None:
-        assert self._new_actor is not None
-        self._idle.append(self._new_actor())
+    def _running(self) -> bool:
+        """Whether anybody has something to do, or could."""
+        return bool(self._idle) or any(block is not None for _, block, _ in self._busy.values())
 
-    def _refuse_trouble(self, round: int) -> None:
-        assert self._cluster is not None
+    def _drop(self) -> list[Block]:
+        """Replace the workers that are at a block, else they would answer later; their blocks."""
+        import ray
+
+        under_way = [(ref, *what) for ref, what in self._busy.items() if what[1] is not None]
+        for ref, actor, _, _ in under_way:
+            del self._busy[ref]
+            ray.kill(actor)
+            self._add()
+        return [block for _, _, block, _ in under_way if block is not None]
+
+    def _alive(self) -> ray_cluster.Cluster:
+        """The cluster; raises EnvironmentFault where it is none any more."""
+        assert self._cluster is not None, "start comes first"
         if trouble := self._cluster.trouble():
-            raise _died(round, trouble, None)
+            raise self._fault(trouble)
+        return self._cluster
+
+    def _fault(self, what: str, error: BaseException | None = None) -> EnvironmentFault:
+        if error is None:
+            return EnvironmentFault(
+                f"{what}; the last commit is kept", do="'fedtl resume' goes on from there"
+            )
+        return EnvironmentFault(
+            f"{what}; the last commit is kept",
+            got=str(error),
+            do="See that memory suffices (fewer engine.num_cpus need less); "
+            "'fedtl resume' goes on from there",
+        )
+
+    def _end_workers(self) -> None:
+        import ray
+
+        assert self._cluster is not None
+        if not self._cluster.trouble():
+            for actor in (*self._idle, *(actor for actor, _, _ in self._busy.values())):
+                ray.kill(actor)
+        self._idle.clear()
+        self._busy.clear()
+
+
+def room(
+    cluster: ray_cluster.Cluster, num_cpus: int | None, num_gpus: float, device: str
+) -> tuple[int, float]:
+    """How many workers there can be, and the GPUs of each (a worker's share is of one GPU).
+
+    Raises EnvironmentFault where there is room for none.
+    """
+    size, share = min(num_cpus or cluster.num_cpus, cluster.num_cpus), num_gpus
+    if share == 0 and device == "cuda" and cluster.num_gpus >= 1:
+        share = min(1.0, 1 / math.ceil(size / int(cluster.num_gpus)))
+        share = math.floor(share * 1e4) / 1e4  # Ray's unit
+    if share > 0:
+        size = min(size, int(cluster.num_gpus * max(1, int(1 / share)) / max(1.0, share)))
+    if size < 1 or (share == 0 and device == "cuda"):
+        raise EnvironmentFault(
+            "Ray has no room for a worker",
+            got=f"{cluster.num_cpus} free CPUs, {cluster.num_gpus:g} free GPUs",
+            allowed=f"1 CPU and {'a GPU' if share == 0 else f'{share:g} GPUs'}"
+            if device == "cuda" or share
+            else "1 CPU",
+            do="Wait for others to finish, or ask for less in [engine]",
+        )
+    return size, share
 
 
 def _in_memory(population: Population) -> Population:
-    """The population with plain arrays, which Ray stores without a copy per worker."""
-    arrays = {"features": np.asarray(population.features), "labels": population.labels}
-    return Population(**{**vars(population), **arrays})
+    """The population with plain arrays: Ray stores these once per machine, without pickling."""
+    plain = {
+        name: np.ascontiguousarray(getattr(population, name)) for name in ("features", "labels")
+    }
+    rows = {
+        name: Rows(np.asarray(rows.index), np.asarray(rows.offsets))
+        for name, rows in (("train", population.train), ("test", population.test))
+    }
+    return Population(**{**vars(population), **plain, **rows})
 
 
-def _told(error: Any) -> BaseException:
-    """What happened inside a worker, as what it is."""
-    cause = error.cause
-    return cause if isinstance(cause, FedtlError) else RuntimeError(f"in a worker: {cause!r}")
+def _result(ref: Any) -> Any:
+    """What a worker returned. Raises what it raised, or _Died."""
+    import ray
+
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, FedtlError):
+            raise cause from None
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            raise EnvironmentFault(
+                "a Ray worker ran out of memory",
+                got=str(cause).split("\n")[0],
+                do="Lower engine.num_cpus or engine.block_size; 'fedtl resume' goes on",
+            ) from None
+        raise
+    except (ray.exceptions.RayError, OSError) as error:
+        raise _Died(type(error).__name__) from error
 
 
-def _died(round: int, what: str, error: BaseException | None) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"{what} in round {round}; the last commit is kept" if round else what,
-        got=type(error).__name__ if error else None,
-        do="See that memory suffices (fewer engine.num_cpus need less); 'fedtl resume' goes on",
-    )
+def _refuse_others(found: dict[str, str]) -> None:
+    """Refuse a worker on another machine that has other software."""
+    here = machine.versions()
+    other = [
+        f"{name} {found.get(name)} (here {here.get(name)})"
+        for name in SAME_BITS
+        if found.get(name) != here.get(name)
+    ]
+    if other:
+        raise EnvironmentFault(
+            "a machine of the Ray cluster has other versions",
+            got=", ".join(other),
+            do="Install the same fedtl, with its dependencies, on every machine",
+        )

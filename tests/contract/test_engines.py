@@ -12,16 +12,24 @@ from fedtl import seeding
 from fedtl.engines import Engine, LocalEngine
 from fedtl.types import LocalTraining, Population, RoundPlan
 
-# Ray kills its processes and does not wait for them.
-pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+# Ray leaves it to the garbage collector to close what its processes write to.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
 
 MAKERS: dict[str, Callable[[Population], Engine]] = {
     "local": lambda population: LocalEngine(population, 1),
     "local with two threads": lambda population: LocalEngine(population, 2),
     "local in blocks of one": lambda population: LocalEngine(population, 2, block_size=1),
+    "ray, one worker": lambda population: _ray(population, num_cpus=1, block_size=1),
+    "ray, two workers": lambda population: _ray(population, num_cpus=2),
     "flower, two nodes": lambda population: _flower(population, num_nodes=2),
     "flower, a node per client": lambda population: _flower(population, num_nodes=5, block_size=1),
 }
+
+
+def _ray(population: Population, **options: Any) -> Engine:
+    from fedtl.engines.ray_workers import RayEngine
+
+    return RayEngine(population, **options)
 
 
 def _flower(population: Population, **options: Any) -> Engine:

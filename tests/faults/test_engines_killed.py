@@ -48,8 +48,9 @@ def assert_resumes(fedtl, run: Path, unbroken: dict) -> None:
         assert resumed[key] == unbroken[key]
 
 
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-@pytest.mark.parametrize("place", ["after_train", "before_manifest"])
+@pytest.mark.parametrize(
+    ("engine", "place"), [("ray", "after_train"), ("flower", "before_manifest")]
+)
 def test_the_driver_is_killed(
     fedtl, fedtl_process, small: Path, tmp_path: Path, unbroken: dict, engine: str, place: str
 ) -> None:
@@ -64,8 +65,9 @@ def test_the_driver_is_killed(
     assert_resumes(fedtl, run, unbroken)
 
 
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-@pytest.mark.parametrize("place", ["client_before_train", "client_after_train"])
+@pytest.mark.parametrize(
+    ("engine", "place"), [("ray", "client_before_train"), ("flower", "client_after_train")]
+)
 def test_a_worker_is_killed_and_its_work_done_again(
     fedtl_process, small: Path, tmp_path: Path, unbroken: dict, engine: str, place: str
 ) -> None:
@@ -98,8 +100,9 @@ def test_workers_that_keep_dying_end_the_run_resumably(
     assert_resumes(fedtl, run, unbroken)
 
 
-@pytest.mark.parametrize("engine", ["ray", "flower"])
-@pytest.mark.parametrize(("how", "code"), [("interrupt", 130), ("terminate", 143)])
+@pytest.mark.parametrize(
+    ("engine", "how", "code"), [("ray", "interrupt", 130), ("flower", "terminate", 143)]
+)
 def test_signals_finish_the_commit(
     fedtl, fedtl_process, small: Path, tmp_path: Path, unbroken: dict, engine: str, how: str,
     code: int,

@@ -66,12 +66,13 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     made = App()
     config = uvicorn.Config(
         Gate(made, TOKEN, {"fedtl": "1"}), port=0, http=ImpatientProtocol, lifespan="off",
-        log_config=None, access_log=False,
+        log_config=None, access_log=False, ws="none",
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.01)
     made.port = server.servers[0].sockets[0].getsockname()[1]
     yield made
