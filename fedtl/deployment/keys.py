@@ -53,7 +53,7 @@ def check_name(name: str, where: object = "--name") -> str:
 
 
 def machine_name() -> str:
-    """A name for this machine's client where the user gives none: the host's, as far as it can be."""
+    """A name for the client where the user gives none: the machine's, as far as it can be."""
     found = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node().split(".")[0]).strip("._-")[:64]
     return found or "client"
 
