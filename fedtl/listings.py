@@ -25,18 +25,20 @@ def print_certificate(console: Console, facts: Mapping[str, Any]) -> None:
     console.print(
         f"\n[bold]{shown(facts['name'])}[/] [dim]scenario {facts['scenario_hash'][:16]}[/]"
     )
-    table = plain_table("engine", "head", "cohorts", "batches", "bytes up / down", "s")
+    table = plain_table("engine", "head", "cohorts", "batches", "bytes", "s")
     for one in facts["engines"]:
         if one["not_run"]:
             table.add_row(shown(one["engine"]), "not run", "", "", "", "")
             continue
-        hashes = [one[key][:12] for key in ("head_sha256", "cohorts_blake2b", "batches_blake2b")]
-        moved = f"{one['bytes_up']:,} / {one['bytes_down']:,}"
+        hashes = [one[key][:8] for key in ("head_sha256", "cohorts_blake2b", "batches_blake2b")]
+        moved = f"{one['bytes_up'] + one['bytes_down']:,}"
         table.add_row(shown(one["engine"]), *hashes, moved, f"{one['seconds']:.1f}")
     console.print(table)
     if facts["equal"]:
         ran = sum(not one["not_run"] for one in facts["engines"])
         console.print(f"[bold green]equal[/]: {ran} ways to run it, one answer to the last bit")
+        head = next(one["head_sha256"] for one in facts["engines"] if not one["not_run"])
+        console.print(f"head {head}", soft_wrap=True)
     else:
         console.print("[bold red]not equal[/]")
 
