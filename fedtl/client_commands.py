@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,10 @@ def check(
     if verdict is not None:
         raise verdict
     if not as_json:
-        typer.echo(f"ready. Next: fedtl client start --join {join} --name {name} --data {data}")
+        here = [] if folder == Path() else ["--folder", str(folder)]
+        here += ["--insecure-key-permissions"] if careless else []
+        start = ["--join", str(join), "--name", name, "--data", str(data), *here]
+        typer.echo(f"ready. Next: fedtl client start {shlex.join(start)}")
 
 
 @app.command()

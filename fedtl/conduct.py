@@ -28,8 +28,8 @@ from fedtl.types import ClientUpdates, Head
 class Observer(Protocol):
     """Is told what happens during the rounds and after; the terminal is one."""
 
-    def ready(self, notes: Sequence[str]) -> None:
-        """Clients and features are there, the rounds can begin."""
+    def ready(self, notes: Sequence[str], names: Sequence[str]) -> None:
+        """Clients (of these names, by id) and features are there, the rounds can begin."""
 
     def round_done(self, row: Mapping[str, Any], updates: ClientUpdates) -> None:
         """One more round is committed."""
@@ -90,7 +90,7 @@ def conduct(
         before = time.perf_counter()
         federation.engine.start(federation.head)
         start_seconds = time.perf_counter() - before
-        observer.ready(prepared.notes)
+        observer.ready(prepared.notes, federation.roster.names)
         folder.event("started", scenario_hash=federation.identity["scenario_hash"])
         interrupts.check("interrupted before the first round")
         try:

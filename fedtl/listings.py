@@ -51,16 +51,16 @@ def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """``fedtl doctor``."""
+    """``fedtl doctor`` and ``fedtl client check``."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(min_width=2)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]"
-        fix = "" if finding.ok else finding.fix
-        table.add_row(mark, finding.what, shown(finding.detail), shown(fix))
+        table.add_row(mark, finding.what, shown(finding.detail))
+        if not finding.ok and finding.fix:
+            table.add_row("", "", shown(finding.fix))
     console.print(table)
 
 

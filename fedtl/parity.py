@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtl import machine
 from fedtl.build import OpenedData
-from fedtl.errors import EnvironmentFault
+from fedtl.errors import EnvironmentFault, Interrupted
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.interrupts import Interrupts
@@ -91,7 +91,7 @@ def ways(scenario: Scenario, block_sizes: Sequence[int | None] = (None, 1)) -> l
     for key in ("kind", "threads", "num_cpus", "num_nodes", "block_size"):
         own.pop(key, None)
     cores = machine.allowed_cores()
-    counts = [1] if cores == 1 else [1, min(cores, scenario.engine.num_cpus or cores)]
+    counts = sorted({1, min(cores, scenario.engine.num_cpus or cores)})
     found: list[dict[str, Any]] = []
     for count in counts:
         found += [{"kind": "local", "threads": count, "block_size": b} for b in block_sizes]
@@ -118,7 +118,8 @@ def certify(
 
     Raises:
         InputError: the scenario itself cannot be run (data, weights).
-        EnvironmentFault: fewer than two engines can run here.
+        EnvironmentFault: of several engines, fewer than two can run here.
+        Interrupted: nothing is kept.
     """
     content = scenario.model_dump()
     content["evaluation"]["references"] = []
@@ -127,10 +128,11 @@ def certify(
         one = validate({**content, "engine": section}, scenario.name, {})
         attempts.append(_attempt(one, section, observer, interrupts))
         attempted(attempts[-1])
-        interrupts.check("interrupted before the next engine")
-    ran = [attempt for attempt in attempts if attempt.reason is None]
-    if len(ran) < 2:
-        reasons = "; ".join(f"{a.engine}: {a.reason}" for a in attempts if a.reason)
+    wanted = {section["kind"] for section in sections}
+    ran = {s["kind"] for s, a in zip(sections, attempts, strict=True) if a.reason is None}
+    if len(ran) < min(2, len(wanted)):
+        failed = {s["kind"]: a.reason for s, a in zip(sections, attempts, strict=True) if a.reason}
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in failed.items())
         raise EnvironmentFault(
             f"fewer than two engines can run here ({reasons})", do="See 'fedtl doctor'"
         )
@@ -160,7 +162,10 @@ def _attempt(
         try:
             summary = run_scenario(scenario, Path(place) / "run", observer, interrupts)
         except EnvironmentFault as fault:
-            return Attempt(name, {}, time.perf_counter() - began, fault.what)
+            reason = fault.what if fault.got is None else f"{fault.what} ({fault.got})"
+            return Attempt(name, {}, time.perf_counter() - began, reason)
+        except Interrupted as stop:  # not to be resumed: its folder goes with it
+            raise Interrupted("interrupted; no certificate", exit_code=stop.exit_code) from stop
     facts = {key: summary[key] for key in COMPARED}
     return Attempt(name, facts, time.perf_counter() - began)
 
@@ -177,7 +182,7 @@ class Quiet:
     def extracting(self, done: int, total: int) -> None:
         """Nothing."""
 
-    def ready(self, notes: Sequence[str]) -> None:
+    def ready(self, notes: Sequence[str], names: Sequence[str]) -> None:
         """The notes, the first time."""
         for note in notes:
             self.noted(note)

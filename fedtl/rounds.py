@@ -101,6 +101,8 @@ def run_rounds(
         Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
         InputError: the commit belongs to another scenario, data set or version.
     """
+    for absence in federation.scenario.participation.absent:  # names, before anything is trained
+        absent_clients(federation.scenario, federation.roster.names, absence.round)
     state, progress = _restore(federation, folder, allow_changes, tell)
     total = federation.scenario.rounds
     while progress.round < total:
@@ -151,8 +153,8 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
     )
     if len(updates.clients) == 0 and answered >= set(asked.clients.tolist()) and answered:
         raise PolicyStop(
-            f"no update of round {plan.round} could be used, that of client "
-            f"{updates.failures[0].client} because {updates.failures[0].reason}; "
+            f"no update of round {plan.round} could be used, that of "
+            f"{roster.names[updates.failures[0].client]} because {updates.failures[0].reason}; "
             f"{plan.round - 1} rounds are kept",
             do="The training diverged or the data are broken: lower training.learning_rate",
         )

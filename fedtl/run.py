@@ -26,7 +26,7 @@ from fedtl.evaluation import references
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
 from fedtl.planning import judged_clients, local_training
-from fedtl.results.runs import SCENARIO, RunFolder, refuse_taken
+from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.types import Head
@@ -93,6 +93,10 @@ def resume_run(
 ) -> dict[str, Any]:
     """Go on with a run from its last commit; a finished one is left as it is."""
     started = time.perf_counter()
+    if (path / PARTY).is_file():
+        raise InputError(
+            "this run has real clients", where=path, do=f"Type 'fedtl server resume {path}'"
+        )
     folder = RunFolder.reopen(path)
     interrupts.hint = f"Type 'fedtl resume {path}' to go on"
     try:

@@ -67,6 +67,15 @@ def init(
     typer.echo(f"authority    {shown}")
     if is_loopback(join.host):
         typer.echo("Only this machine can reach that address; for others give --address HOST:PORT.")
+    if again:
+        same = address is None
+        typer.echo("\nA new certificate, for the next 'fedtl server run'.")
+        typer.echo(
+            "Clients go on with the join file they have."
+            if same
+            else f"Give {federation.join_path} to every client again: the address is a new one."
+        )
+        return
     typer.echo(f"\nGive {federation.join_path} to every client. Then, for each key they send:")
     typer.echo("  fedtl server approve NAME.pub")
 

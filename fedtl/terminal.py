@@ -27,6 +27,9 @@ from fedtl.types import ClientUpdates
 ROWS_SHOWN = 10
 """Rounds in the live table; all of them are in rounds.parquet."""
 
+FAILURES_SHOWN = 5
+"""Missing clients named under a round; all of them are in clients.parquet."""
+
 COLUMNS = (
     "round",
     "accuracy",
@@ -149,6 +152,7 @@ class Terminal:
         )
         self._task = self._bar.add_task("", total=None, visible=False)
         self._rows: list[tuple[str, ...]] = []
+        self._names: Sequence[str] = ()
         self._live: Live | None = None
         self._rounds = 0
 
@@ -177,9 +181,10 @@ class Terminal:
             return
         self._show("images through the trunk", done, total)
 
-    def ready(self, notes: Sequence[str]) -> None:
+    def ready(self, notes: Sequence[str], names: Sequence[str]) -> None:
         """Says what was found on the way."""
         self._stop()
+        self._names = names
         for note in notes:
             self.noted(note)
         if not self.console.is_terminal:
@@ -199,8 +204,13 @@ class Terminal:
             f"{row['seconds']:.2f}",
         )
         self._rows.append(cells)
-        for failure in updates.failures[:3]:
-            self.console.print(f"[yellow]client {failure.client}[/] {shown(failure.reason)}")
+        failed = updates.failures
+        for failure in failed[:FAILURES_SHOWN]:
+            name = shown(self._names[failure.client])
+            self.console.print(f"[yellow]{name}[/] {shown(failure.reason)}", soft_wrap=True)
+        if len(failed) > FAILURES_SHOWN:
+            more = len(failed) - FAILURES_SHOWN
+            self.console.print(f"and {more} more clients are missing, see clients.parquet")
         if self.console.is_terminal:
             self._show("rounds", row["round"], self._rounds)
         else:

@@ -61,7 +61,9 @@ class Federation:
         """What the join file says. Raises InputError where this is no federation's folder."""
         if not self.join_path.is_file():
             raise InputError(
-                "not a federation's folder", where=self.root, do="Type 'fedtl server init'"
+                "not a federation's folder",
+                where=self.root,
+                do="Go where it is or give --folder; 'fedtl server init' makes a new one",
             )
         return read_join(self.join_path)
 

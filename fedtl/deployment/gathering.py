@@ -275,9 +275,13 @@ class Gathering:
         if len(members) < self.quorum:
             there = ", ".join(sorted(members)) or "nobody"
             raise PolicyStop(
-                f"{len(members)} clients could take part, and {self.quorum} are needed; "
-                f"here: {there}{reasons}",
-                do="Start the others, raise engine.join_seconds or lower --min-clients",
+                f"{len(members)} client{'' if len(members) == 1 else 's'} could take part, and "
+                f"{self.quorum} {'is' if self.quorum == 1 else 'are'} needed; here: "
+                f"{there}{reasons}",
+                do="Mend that and resume, or lower --min-clients"
+                if reasons
+                else "Start the others and resume, raise engine.join_seconds or lower "
+                "--min-clients",
             )
 
     def _refuse(self, node: int, name: str, reason: str) -> None:

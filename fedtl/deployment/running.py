@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedtl.deployment.server import OpenGrid, open_grid
 from fedtl.errors import EnvironmentFault, FedtlError, InputError, Interrupted, PolicyStop
 from fedtl.interrupts import Interrupts
 from fedtl.results.files import write_atomic
-from fedtl.results.runs import SCENARIO, RunFolder, refuse_taken
+from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.rounds import Federation as Rounds
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
@@ -31,9 +31,6 @@ from fedtl.strategies import make_strategy
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.heads import initial_head
-
-PARTY = "party.json"
-"""Of a run folder: who takes part, and the run's own id; nothing secret."""
 
 DEADLINE_SECONDS = 600.0
 """Of a round, where the scenario sets none."""
@@ -72,6 +69,7 @@ def run_deployed(scenario: Scenario, path: Path, deployment: Deployment) -> dict
     deployment.hint(path)
     folder = RunFolder.create(path, dump_scenario(scenario))
     try:
+        _write_party(path, {"run": secrets.token_hex(16), "clients": None})
         return _carry_on(scenario, folder, deployment, started)
     except FedtlError as error:
         resumable = isinstance(error, Interrupted | PolicyStop)
@@ -88,6 +86,8 @@ def resume_deployed(
     """Go on with a run from its last commit, with the clients it was begun with."""
     started = time.perf_counter()
     deployment.federation.join()
+    if (path / SCENARIO).is_file() and not (path / PARTY).is_file():
+        raise InputError("this run was simulated", where=path, do=f"Type 'fedtl resume {path}'")
     folder = RunFolder.reopen(path)
     deployment.hint(path)
     try:
@@ -113,6 +113,9 @@ def _carry_on(
     from fedtl.engines.flower_server import FlowerExchange
 
     terminal, interrupts = deployment.terminal, deployment.interrupts
+    # Each client computes on what it has; the scenario's device is a simulation's.
+    own = scenario.engine.model_copy(update={"device": "auto"})
+    scenario = scenario.model_copy(update={"engine": own})
     backbone = open_backbone(scenario.backbone, scenario.seed)
     party = _read_party(folder.path)
     if (left := deployment.federation.certificate_days()) < WARNING_DAYS:
@@ -145,7 +148,7 @@ def _carry_on(
         gathered = gathering.gather()
         roll_call.close()
         party["clients"] = list(gathered.roster.names)
-        write_atomic(folder.path / PARTY, json.dumps(party, indent=2).encode())
+        _write_party(folder.path, party)
         prepared = _prepare(scenario, backbone, gathering, gathered, terminal)
         terminal.begin(scenario)
         return conduct(prepared, folder, terminal, interrupts, started, allow_changes)
@@ -162,13 +165,16 @@ def _prepare(
     from fedtl.engines.flower_engine import FlowerEngine
 
     roster, facts = gathered.roster, gathered.facts
+    deadline = scenario.engine.deadline_seconds or DEADLINE_SECONDS
     engine = FlowerEngine(
         gathering.exchange,
         roster,
         gathering.seat,
         gathered.seats,
-        scenario.engine.deadline_seconds or DEADLINE_SECONDS,
+        deadline,
         real=True,
+        quorum=scenario.participation.quorum,
+        waiting_seconds=min(deadline, scenario.engine.join_seconds),
     )
     identity = {
         "scenario_hash": scenario.hash(),
@@ -201,19 +207,33 @@ def _prepare(
             "weights_source": backbone.weights_source,
         },
         extract_seconds=seconds,
-        notes=[f"{name} is left out: {reason}" for name, reason in gathered.left_out.items()],
+        notes=[
+            *(f"{name} is left out: {reason}" for name, reason in gathered.left_out.items()),
+            *_for_simulation(scenario),
+        ],
     )
 
 
+def _for_simulation(scenario: Scenario) -> list[str]:
+    """What a user may take for an order, and is none to real clients."""
+    section = scenario.clients
+    if section.num is None and section.partition in ("domain", "natural"):
+        return []
+    dealt = f"num = {section.num}" if section.num else f'partition = "{section.partition}"'
+    return [f"[clients] {dealt} is for simulation; here each client has data of its own"]
+
+
 def _read_party(path: Path) -> dict[str, Any]:
-    """Who takes part in a resumed run; a new run's own id where nobody is known yet."""
+    """The run's id and its clients' names, None until they have gathered."""
     try:
         party: dict[str, Any] = json.loads((path / PARTY).read_bytes())
-    except FileNotFoundError:
-        return {"run": secrets.token_hex(16), "clients": None}
     except ValueError as error:
         raise InputError("is damaged", where=path / PARTY) from error
     return party
+
+
+def _write_party(path: Path, party: Mapping[str, Any]) -> None:
+    write_atomic(path / PARTY, json.dumps(party, indent=2).encode())
 
 
 def _data_key(federation: Federation, run: str) -> bytes:

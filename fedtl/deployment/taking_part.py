@@ -25,10 +25,13 @@ AUDIT = ".audit.jsonl"
 
 LEAVES = """\
 What leaves this machine, to {address} only:
-  - the names of your classes, how many examples there are, this machine's kind and versions
+  - the names of your classes and domain, how many examples there are, how many cannot be used or
+    are there twice, and a keyed fingerprint of them
+  - this machine's processor, free disk space and versions, and how long the features took
   - in each round the update of the head that you trained: averages over your examples, which can
     still tell something about them; no differential privacy is applied
-  - how often the head is right on your own test examples, class by class
+  - how often the head is right on your own test examples, class by class, and its loss
+  - what went wrong, where something did, without names or values
 No image, feature, label, file name or path leaves. Every answer is written to
 {audit} before it goes; 'fedtl client audit' sums it up.
 What comes in is data: no code of the server's is run here. Requests must be signed by the key in

@@ -5,6 +5,7 @@ Knows nothing of Flower itself, only an Exchange; see ``flower_server`` for the 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -35,6 +36,9 @@ from fedtl.types import (
 )
 
 T = TypeVar("T")
+
+STEP_SECONDS = 0.2
+"""Between two looks whether clients are back."""
 
 Seats = Mapping[int, Int64]
 """Node -> the clients it hosts, sorted ids."""
@@ -81,6 +85,8 @@ class FlowerEngine:
             raised as what it is.
         recover: brings nodes that died all at once back, once a round; None where they come back
             by themselves.
+        quorum: clients without whose updates a round counts for nothing.
+        waiting_seconds: for so long a round waits for as many to be there before it begins.
         opening, letting_go: called by ``start`` before anything else, and by ``close``.
     """
 
@@ -91,6 +97,8 @@ class FlowerEngine:
     deadline_seconds: float | None = None
     real: bool = False
     recover: Callable[[], None] | None = None
+    quorum: int = 0
+    waiting_seconds: float = 0.0
     opening: Callable[[], None] = lambda: None
     letting_go: Callable[[], None] = lambda: None
 
@@ -120,6 +128,7 @@ class FlowerEngine:
         limit = reply_bytes(head, len(plan.clients), len(self.roster.classes))
         needed = plan.needed if self.real else None
         question = Question("train", plan.round, request, read, limit, needed)
+        self._wait_for(min(self.quorum, len(plan.clients)), plan.clients)
         replies, missing = self._collect(question, plan.clients)
         failures = tuple(ClientFailure(client, why) for client, why in sorted(missing.items()))
         return [*replies, _only_failures(plan.round, failures, head)]
@@ -245,6 +254,12 @@ class FlowerEngine:
             return question.read(own, answer)
         except FedtlError as error:
             return f"its reply was refused: {error.line()}"
+
+    def _wait_for(self, number: int, clients: Int64) -> None:
+        """Until so many of the clients are there, or the time is over."""
+        until = time.monotonic() + self.waiting_seconds
+        while len(_everybody(self._seated(clients))) < number and time.monotonic() < until:
+            time.sleep(STEP_SECONDS)
 
     def _seated(self, clients: Int64) -> dict[int, Int64]:
         """The given clients by the nodes that are there now, with new nodes taken in first."""

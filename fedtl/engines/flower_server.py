@@ -170,4 +170,6 @@ def _reason(text: str) -> str:
     """Flower's words for a failed message in one line; where it gives an exception, its name."""
     if named := re.match(r"<class '(?:[\w.]*\.)?(\w+)", text):
         return f"its process failed with {named[1]}"
+    if "Node Unavailable" in text:
+        return "its node went away"
     return "Flower says: " + " ".join(text.split())[:300]

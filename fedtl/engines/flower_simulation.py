@@ -6,7 +6,6 @@ Flower starts one actor per CPU and gives each message to whichever is free.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from fedtl.engines.flower_client import app as client_app
 from fedtl.engines.flower_engine import FlowerEngine, Seats
 from fedtl.engines.flower_server import FlowerExchange
 from fedtl.engines.hosting import save_population, scratch_folder
+from fedtl.engines.ray_workers import room
 from fedtl.engines.wire import whole
 from fedtl.errors import EnvironmentFault
 from fedtl.types import Population
@@ -71,7 +71,8 @@ def flower_engine(
     Args:
         population: who holds what; written to a temporary folder for the workers.
         num_nodes: simulated nodes; default one per worker.
-        address: a running Ray cluster to join; None starts our own.
+        address: a running Ray cluster to join, whose machines share this one's temporary folder;
+            None starts a Ray of our own.
         num_cpus, num_gpus: workers, one CPU each, and GPUs of each worker (may be a fraction).
         device, block_size: how the kernel runs in the workers.
         deadline_seconds: see FlowerEngine.
@@ -80,7 +81,7 @@ def flower_engine(
     grid = GIVEN.get()
     most = population.num_clients
     simulation = (
-        Simulation(num_nodes and min(num_nodes, most), address, num_cpus, num_gpus, app)
+        Simulation(num_nodes and min(num_nodes, most), address, num_cpus, num_gpus, device, app)
         if grid is None
         else Elsewhere(grid)
     )
@@ -183,7 +184,7 @@ class Simulation:
 
     Args:
         num_nodes: simulated nodes; None for one per worker.
-        address, num_cpus, num_gpus: the Ray cluster, and GPUs of each worker.
+        address, num_cpus, num_gpus, device: as RayEngine has them.
         app: what the nodes run.
     """
 
@@ -193,10 +194,12 @@ class Simulation:
         address: str | None,
         num_cpus: int | None,
         num_gpus: float,
+        device: str,
         app: ClientApp,
     ) -> None:
         self._num_nodes, self._app = num_nodes, app
-        self._address, self._num_cpus, self._num_gpus = address, num_cpus, num_gpus
+        self._address, self._num_cpus = address, num_cpus
+        self._num_gpus, self._device = num_gpus, device
         self._over = threading.Event()
         self._cluster: ray_cluster.Cluster | None = None
         self._thread: threading.Thread | None = None
@@ -208,13 +211,14 @@ class Simulation:
         """Start Ray, or join it, and the runtime on it. Raises EnvironmentFault."""
         # Flower starts no Ray of its own where one is running: its way is slow, and with the
         # address of an earlier cluster lying about it waits for that one.
-        gpus = math.ceil(self._num_gpus * (self._num_cpus or 1))
+        gpus = None if self._device == "cuda" or self._num_gpus else 0
         self._cluster = ray_cluster.join(self._address, num_cpus=self._num_cpus, num_gpus=gpus)
-        logging.getLogger("flwr").setLevel(logging.CRITICAL)
+        workers, share = room(self._cluster, self._num_cpus, self._num_gpus, self._device)
         grids: Queue[Grid] = Queue()
         self._over.clear()
         self._error = None
-        self._thread = threading.Thread(target=self._run, args=[grids], daemon=True)
+        arguments = (grids, workers, share)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True)
         self._thread.start()
         until = time.monotonic() + JOIN_SECONDS
         while time.monotonic() < until and self.trouble() is None:
@@ -237,7 +241,7 @@ class Simulation:
             self._cluster.leave()
         self._cluster = self._thread = None
 
-    def _run(self, grids: Queue[Grid]) -> None:
+    def _run(self, grids: Queue[Grid], workers: int, share: float) -> None:
         from flwr.simulation import run_simulation
 
         server_app = ServerApp()
@@ -247,11 +251,10 @@ class Simulation:
             grids.put(grid)
             self._over.wait()
 
-        assert self._cluster is not None
-        nodes = self._num_nodes or self._cluster.num_cpus
-        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._num_gpus}
+        nodes = self._num_nodes or workers
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": share}
         try:
-            with _as_a_guest(nodes, lambda: self._over.is_set() or bool(self.trouble())):
+            with _as_a_guest(nodes, workers, lambda: self._over.is_set() or bool(self.trouble())):
                 run_simulation(
                     server_app, self._app, nodes, backend_config={"client_resources": resources}
                 )
@@ -260,18 +263,20 @@ class Simulation:
 
 
 @contextmanager
-def _as_a_guest(nodes: int, over: Callable[[], bool]) -> Iterator[None]:
-    """Within this context Flower's simulation leaves Ray to us and is quick to see messages.
+def _as_a_guest(nodes: int, workers: int, over: Callable[[], bool]) -> Iterator[None]:
+    """Within this context Flower's simulation leaves Ray to us, is quick to see messages and quiet.
 
-    It would disconnect this process from Ray when it ends, whoever connected it, and wait without
-    end for a worker whose Ray is gone. And it looks for new messages every 0.1 s by waiting on the
-    event that would stop it, which it takes from its module's ``threading``; one that waits 10 ms
-    makes a round so much shorter. A look takes some time per node: with many it is less often.
+    It would start workers on all CPUs of a cluster, also where others use them; disconnect this
+    process from Ray when it ends, whoever connected it; and wait without end for a worker whose Ray
+    is gone. And it looks for new messages every 0.1 s by waiting on the event that would stop it,
+    which it takes from its module's ``threading``; one that waits 10 ms makes a round so much
+    shorter. A look takes some time per node: with many it is less often.
     """
     from flwr.server.superlink.fleet.vce.backend import raybackend
 
     simulation: Any = sys.modules["flwr.simulation.run_simulation"]
-    host, ray, seconds = raybackend.RayBackend, raybackend.ray, max(0.01, 1e-4 * nodes)
+    host, ray = raybackend.RayBackend, vars(raybackend)["ray"]
+    seconds = max(0.01, 1e-4 * nodes)
 
     class Impatient(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
@@ -280,6 +285,8 @@ def _as_a_guest(nodes: int, over: Callable[[], bool]) -> Iterator[None]:
     class Guest(host):  # type: ignore[misc, valid-type]
         def build(self, *arguments: Any) -> None:
             super().build(*arguments)
+            del self.pool.pool[workers:]
+            self.pool.num_actors = len(self.pool.pool)
             fetch = self.pool.fetch_result_and_return_actor_to_pool
 
             def fetch_or_leave(future: Any) -> Any:
@@ -293,9 +300,13 @@ def _as_a_guest(nodes: int, over: Callable[[], bool]) -> Iterator[None]:
         def terminate(self) -> None:
             """Workers end with the connection."""
 
+    log = logging.getLogger("flwr")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     simulation.threading = SimpleNamespace(Event=Impatient, Thread=threading.Thread)
     raybackend.RayBackend = Guest  # type: ignore[misc]
     try:
         yield
     finally:
+        log.setLevel(level)
         simulation.threading, raybackend.RayBackend = threading, host  # type: ignore[misc]

@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,7 +40,7 @@ SETTINGS = {
 
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 15.0  # in which a cluster's head must have said that it is one
-END_SECONDS = 3.0  # in which Ray's killed processes are gone
+END_SECONDS = 5.0  # in which processes that were killed are gone
 CHECK_SECONDS = 0.05  # at most this often is Ray asked whether it lives
 
 
@@ -117,13 +115,11 @@ def join(
             _refuse_dead(address)
             arguments["address"] = address
         stack.enter_context(_without_listener())
-        began: list[subprocess.Popen[bytes]] = []
-        stack.callback(_reap, began)
+        start = stack.enter_context(_groups())
         stack.callback(ray.shutdown)
         try:
-            with _well_behaved():
+            with _well_behaved(start):
                 ray.init(**arguments)
-            began += _began()
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise EnvironmentFault(
                 "Ray does not start" if ours else "the Ray cluster cannot be joined",
@@ -209,26 +205,38 @@ def _opens(door: tuple[str, int]) -> bool:
     return True
 
 
-def _began() -> list[subprocess.Popen[bytes]]:
-    """The processes of a Ray of our own; of one that was joined, none."""
-    import ray
-
-    node: Any = ray._private.worker.global_worker.node
-    return [one.process for kind in node.all_processes.values() for one in kind]
+GUARD = 'while read group; do all="$all -$group"; done; kill -9 -- $all 2>/dev/null'
+"""Waits until nobody can tell it another group, and kills those it was told. ``sh`` runs it."""
 
 
-def _reap(began: list[subprocess.Popen[bytes]]) -> None:
-    """See that what Ray has told to end is gone, and what writes in its folder with it.
+@contextmanager
+def _groups() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts processes, each in a group of its own, and ends these groups with the context.
 
-    Each process began a group of its own (see ``_well_behaved``), in which its children are.
+    They also end if this process is killed. Ray alone would end the processes it starts here, but
+    not in every case theirs: an agent that finds no head any more looks for it for minutes.
     """
-    until = time.monotonic() + END_SECONDS
-    for process in began:
-        with suppress(ProcessLookupError):
-            while time.monotonic() < until:
-                process.poll()
-                os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(0.01)
+    began: list[subprocess.Popen[bytes]] = []
+    null = subprocess.DEVNULL
+    guard = subprocess.Popen(
+        ["sh", "-c", GUARD], stdin=subprocess.PIPE, stdout=null, stderr=null, process_group=0
+    )
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(*arguments, process_group=0, **options)
+        began.append(process)
+        assert guard.stdin is not None
+        guard.stdin.write(b"%d\n" % process.pid)
+        guard.stdin.flush()
+        return process
+
+    try:
+        yield start
+    finally:
+        guard.communicate()
+        for process in began:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
 
 
 @contextmanager
@@ -242,7 +250,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _well_behaved() -> Iterator[None]:
+def _well_behaved(start: Callable[..., subprocess.Popen[bytes]]) -> Iterator[None]:
     """Within this context Ray starts in ways for which it has no settings.
 
     It would exchange 127.0.0.1 for an address that others reach; set a handler of its own for
@@ -254,7 +262,7 @@ def _well_behaved() -> Iterator[None]:
     with (
         _replaced(services, "resolve_ip_for_localhost", lambda host: host),
         _replaced(utils, "set_sigterm_handler", lambda handler: None),
-        _replaced(services, "ConsolePopen", partial(services.ConsolePopen, process_group=0)),
+        _replaced(services, "ConsolePopen", start),
     ):
         yield
 

@@ -13,18 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedtl import machine
 from fedtl.engines import ray_cluster
-from fedtl.engines.hosting import open_population, save_population, scratch_folder
-from fedtl.engines.local import LocalEngine
+from fedtl.engines.hosting import save_population, scratch_folder
+from fedtl.engines.ray_actor import Worker, in_memory, refuse_others
 from fedtl.errors import EnvironmentFault, FedtlError
-from fedtl.failpoints import failpoint
 from fedtl.types import (
     ClientFailure,
     ClientMetrics,
@@ -33,7 +29,6 @@ from fedtl.types import (
     Int64,
     Population,
     RoundPlan,
-    Rows,
     head_bytes,
     join_metrics,
 )
@@ -50,45 +45,8 @@ LOOK_SECONDS = 0.2
 START_SECONDS = 300.0
 """In which a worker must have been found room for and have loaded everything."""
 
-SAME_BITS = ("fedtl", "python", "numpy", "numba", "torch")
-"""What must have one version on all machines of a cluster, or results could differ."""
-
 Block = Int64
 """What one worker takes at a time: clients, or places in a plan."""
-
-
-class Worker:
-    """What runs in an actor's process, on one core or one share of a GPU.
-
-    Args:
-        source: the population, or the folder where ``save_population`` wrote it.
-        device: "cpu" or "cuda".
-    """
-
-    def __init__(self, source: Population | Path, device: str) -> None:
-        self._source, self._device = source, device
-
-    @cached_property
-    def _engine(self) -> LocalEngine:
-        source = self._source
-        population = open_population(source) if isinstance(source, Path) else source
-        return LocalEngine(population, 1, self._device)
-
-    def load(self, head: Head) -> dict[str, str]:
-        """Open the data and compile the kernel; the versions in use."""
-        self._engine.start(head)
-        return machine.versions()
-
-    def train(self, plan: RoundPlan, head: Head) -> ClientUpdates:
-        """The plan's clients, trained one after the other."""
-        failpoint("client_before_train", plan.round)
-        (updates,) = self._engine.run_clients(plan, head)
-        failpoint("client_after_train", plan.round)
-        return updates
-
-    def evaluate(self, clients: Int64, head: Head) -> ClientMetrics:
-        """The head on the clients' own test examples."""
-        return self._engine.evaluate(head, clients)
 
 
 class _Died(Exception):
@@ -193,7 +151,7 @@ class RayEngine:
             source: Any = self._stack.enter_context(scratch_folder())
             save_population(self.population, source)
         else:
-            source = ray.put(_in_memory(self.population))
+            source = ray.put(in_memory(self.population))
         kind: Any = ray.remote(Worker)
         kind = kind.options(num_cpus=1, num_gpus=share, max_restarts=0)
 
@@ -240,8 +198,6 @@ class RayEngine:
             seconds: how long to wait, None for as long as it takes.
             everybody: also wait until all workers are loaded.
         """
-        import ray
-
         waiting, left, deaths = deque((block, 1) for block in blocks), len(blocks), 0
         until = math.inf if seconds is None else time.monotonic() + seconds
         results: list[Any] = []
@@ -251,7 +207,7 @@ class RayEngine:
                 block, attempt = waiting.popleft()
                 actor = self._idle.pop()
                 self._busy[submit(actor, block)] = actor, block, attempt
-            done, _ = ray.wait(list(self._busy), timeout=LOOK_SECONDS)
+            done = _wait(list(self._busy))
             self._alive()
             for ref in done:
                 actor, given, attempt = self._busy.pop(ref)
@@ -271,7 +227,7 @@ class RayEngine:
                     raise
                 self._idle.append(actor)
                 if given is None:
-                    _refuse_others(result)
+                    refuse_others(result)
                 else:
                     results.append(result)
                     left -= 1
@@ -351,16 +307,15 @@ def room(
     return size, share
 
 
-def _in_memory(population: Population) -> Population:
-    """The population with plain arrays: Ray stores these once per machine, without pickling."""
-    plain = {
-        name: np.ascontiguousarray(getattr(population, name)) for name in ("features", "labels")
-    }
-    rows = {
-        name: Rows(np.asarray(rows.index), np.asarray(rows.offsets))
-        for name, rows in (("train", population.train), ("test", population.test))
-    }
-    return Population(**{**vars(population), **plain, **rows})
+def _wait(refs: list[Any]) -> list[Any]:
+    """At most one of the references whose result is there; for LOOK_SECONDS at most."""
+    import ray
+
+    try:
+        return ray.wait(refs, timeout=LOOK_SECONDS)[0]
+    except SystemError as error:
+        # A second Ctrl-C raises in the signal handler, and Ray's compiled code trips over that.
+        raise error.__cause__ or error from None
 
 
 def _result(ref: Any) -> Any:
@@ -382,19 +337,3 @@ def _result(ref: Any) -> Any:
         raise
     except (ray.exceptions.RayError, OSError) as error:
         raise _Died(type(error).__name__) from error
-
-
-def _refuse_others(found: dict[str, str]) -> None:
-    """Refuse a worker on another machine that has other software."""
-    here = machine.versions()
-    other = [
-        f"{name} {found.get(name)} (here {here.get(name)})"
-        for name in SAME_BITS
-        if found.get(name) != here.get(name)
-    ]
-    if other:
-        raise EnvironmentFault(
-            "a machine of the Ray cluster has other versions",
-            got=", ".join(other),
-            do="Install the same fedtl, with its dependencies, on every machine",
-        )

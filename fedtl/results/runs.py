@@ -22,6 +22,8 @@ from fedtl.results.records import CLIENTS, ROUNDS, Complete, RecordStream
 
 SUMMARY = "summary.json"
 SCENARIO = "scenario.toml"
+PARTY = "party.json"
+"""Only of a run with real clients: who takes part, and the run's own id; nothing secret."""
 
 
 def refuse_taken(path: Path) -> None:
@@ -29,10 +31,11 @@ def refuse_taken(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     unfinished = (path / SCENARIO).is_file() and not (path / SUMMARY).is_file()
+    resume = "fedtl server resume" if (path / PARTY).is_file() else "fedtl resume"
     raise InputError(
         "the run folder exists already",
         where=path,
-        do=f"Type 'fedtl resume {path}' to go on with it, or choose another --out"
+        do=f"Type '{resume} {path}' to go on with it, or choose another --out"
         if unfinished
         else "Choose another --out",
     )

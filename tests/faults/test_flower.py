@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -109,14 +112,15 @@ def engine(make_population, tmp_path_factory) -> Iterator[FlowerEngine]:
             made.close()
 
 
-def plan(round: int) -> RoundPlan:
+def plan(round: int, epochs: int = 2) -> RoundPlan:
     keys = seeding.client_keys(1, "batches", round, EVERYBODY)
-    return RoundPlan(round, EVERYBODY, keys, LocalTraining(2, 8, 0.1))
+    return RoundPlan(round, EVERYBODY, keys, LocalTraining(epochs, 8, 0.1))
 
 
-def accepted(engine, population, round: int):
-    replies = engine.run_clients(plan(round), HEAD)
-    updates, _ = accept_updates(replies, plan(round), HEAD, population.train.counts, 1e4)
+def accepted(engine, population, round: int, epochs: int = 2):
+    step = plan(round, epochs)
+    replies = engine.run_clients(step, HEAD)
+    updates, _ = accept_updates(replies, step, HEAD, population.train.counts, 1e4)
     return updates, {failure.client: failure.reason for failure in updates.failures}
 
 
@@ -149,6 +153,24 @@ def test_a_killed_worker_is_replaced_and_its_block_trained_again(engine, populat
     metrics = engine.evaluate(HEAD, EVERYBODY)
     wanted = LocalEngine(population, 1).evaluate(HEAD, EVERYBODY)
     assert metrics.loss_sum.tobytes() == wanted.loss_sum.tobytes()
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_rays_own_death_in_a_round_is_survived(engine, population, part: str) -> None:
+    import ray
+
+    epochs = 100_000  # a second and more
+    (process,) = ray._private.worker.global_worker.node.all_processes[part]
+    killer = threading.Timer(0.5, os.kill, (process.process.pid, signal.SIGKILL))
+    killer.start()
+    started = time.monotonic()
+    updates, missing = accepted(engine, population, 31, epochs)
+    killer.join()
+    assert process.process.poll() is not None
+    assert time.monotonic() - started < 90
+    assert missing == {}
+    (local,) = LocalEngine(population, 1).run_clients(plan(31, epochs), HEAD)
+    assert bits(updates) == bits(local)
 
 
 def test_flowers_log_does_not_litter_the_terminal(engine, population, capfd) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,30 @@ def test_nodes_that_are_gone_are_not_asked_and_may_return_behind_another_node(
     updates, missing = accepted(engine, population, plan([0, 1, 2]))
     assert missing == {}
     assert updates.clients.tolist() == [0, 1, 2]
+
+
+def test_below_the_quorum_a_round_waits_for_clients_to_come_back(
+    nodes, population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seat = {"seat": lambda new: {node: SEATS[node] for node in new}}
+    engine = made(nodes, population, real=True, quorum=3, waiting_seconds=60.0, **seat)
+    engine.start(HEAD)
+    gone, naps = nodes.pop(11), []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            nodes[11] = gone
+
+    clock = SimpleNamespace(monotonic=lambda: float(sum(naps)), sleep=nap)
+    monkeypatch.setattr("fedtl.engines.flower_engine.time", clock)
+    assert accepted(engine, population, plan([0, 1, 2]))[1] == {}
+    assert len(naps) == 3
+    nodes.pop(11)
+    assert accepted(engine, population, plan([0, 2]))[1] == {}  # as many as can be there
+    assert len(naps) == 3
+    assert accepted(engine, population, plan([0, 1, 2]))[1] == {1: "its node is not there"}
+    assert 60 <= sum(naps) < 62
 
 
 def test_a_client_behind_two_nodes_is_refused_with_both_names(nodes, population) -> None:

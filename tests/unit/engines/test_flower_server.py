@@ -138,7 +138,8 @@ def test_trouble_ends_the_waiting_for_everybody() -> None:
             Grid(broken={2: "<class 'ray.exceptions.ActorDiedError'>:<'The actor died\n...'>"}),
             "its process failed with ActorDiedError",
         ),
-        (Grid(broken={2: "Node\nunavailable"}), "Flower says: Node unavailable"),
+        (Grid(broken={2: "Out of\nluck"}), "Flower says: Out of luck"),
+        (Grid(broken={2: "Error: Node Unavailable - no heartbeat"}), "its node went away"),
     ],
 )
 def test_lost_nodes_are_told_in_one_line(grid: Grid, why: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from fedtl import machine, seeding
 from fedtl.engines import LocalEngine, hosting
-from fedtl.engines.ray_workers import RayEngine, _refuse_others, room
+from fedtl.engines.ray_actor import in_memory, refuse_others
+from fedtl.engines.ray_workers import RayEngine, room
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.types import ClientMetrics, LocalTraining, Population, RoundPlan
 
@@ -168,13 +169,11 @@ def test_close_twice_and_before_the_start(population) -> None:
 def test_large_arrays_reach_a_clusters_workers_unpickled(population, tmp_path) -> None:
     import pickle
 
-    from fedtl.engines.ray_workers import _in_memory
-
     path = tmp_path / "features.npy"
     np.save(path, population.features)
     mapped = replace(population, features=np.load(path, mmap_mode="r")[:, ::2])
     buffers: list[pickle.PickleBuffer] = []
-    pickle.dumps(_in_memory(mapped), protocol=5, buffer_callback=buffers.append)
+    pickle.dumps(in_memory(mapped), protocol=5, buffer_callback=buffers.append)
     assert sum(buffer.raw().nbytes for buffer in buffers) >= mapped.features.nbytes
 
 
@@ -226,9 +225,9 @@ def test_blocks_are_even_and_their_replies_bounded(population) -> None:
 
 
 def test_other_versions_on_a_machine_of_the_cluster_are_refused() -> None:
-    _refuse_others(machine.versions())
+    refuse_others(machine.versions())
     with pytest.raises(EnvironmentFault, match=r"numba 0\.1 \(here .*every machine"):
-        _refuse_others({**machine.versions(), "numba": "0.1"})
+        refuse_others({**machine.versions(), "numba": "0.1"})
 
 
 def test_metrics_come_back_sorted(engine_of_blocks: RayEngine) -> None:
