@@ -1,6 +1,7 @@
 """The engines with workers of their own: what a client and round costs on each.
 
     uv run python benchmarks/engines.py flower [--clients 1000]
+    uv run python benchmarks/engines.py ray [--clients 200]
 
 Reference work: clients x 500 examples x 512 features, 10 classes, 5 epochs, batch 50; all clients
 in every round, local training and average. All figures of one run are of the same minutes.
@@ -30,18 +31,18 @@ ROUNDS = 5
 TrainClient = Callable[[Population, RoundPlan, Head], ClientUpdates]
 
 
-def population(clients: int, place: Path) -> Population:
+def population(clients: int, place: Path, examples: int = EXAMPLES) -> Population:
     """Every client with the same number of rows, features memory-mapped from ``place``."""
     rng = np.random.default_rng(0)
     path = place / "features.npy"
-    shape = (clients * EXAMPLES, FEATURES)
+    shape = (clients * examples, FEATURES)
     stored = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    for first in range(0, len(stored), EXAMPLES):
-        stored[first : first + EXAMPLES] = rng.normal(size=(EXAMPLES, FEATURES))
+    for first in range(0, len(stored), examples):
+        stored[first : first + examples] = rng.normal(size=(examples, FEATURES))
     stored.flush()
     del stored
     labels = rng.integers(0, CLASSES, shape[0]).astype(np.int32)
-    train = Rows(np.arange(shape[0]), np.arange(clients + 1) * EXAMPLES)
+    train = Rows(np.arange(shape[0]), np.arange(clients + 1) * examples)
     test = Rows(np.arange(clients), np.arange(clients + 1))
     names = tuple(f"client-{i}" for i in range(clients))
     features = np.load(path, mmap_mode="r")
@@ -124,7 +125,9 @@ def torch_loop(people: Population, plan: RoundPlan, head: Head) -> ClientUpdates
     return ClientUpdates(plan.round, plan.clients, tensors, np.array([len(y)]), np.zeros(1))
 
 
-def plain_flower(people: Population, place: Path, train_client: TrainClient) -> float:
+def plain_flower(
+    people: Population, place: Path, train_client: TrainClient, rounds: int = ROUNDS
+) -> float:
     """A plain Flower app on the same cores: one node and one message per client, its FedAvg."""
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -164,7 +167,7 @@ def plain_flower(people: Population, place: Path, train_client: TrainClient) -> 
             min_available_nodes=people.num_clients,
         )
         arrays = ArrayRecord([zeros()["weight"], zeros()["bias"]])
-        strategy.start(grid, arrays, num_rounds=ROUNDS + 2, timeout=None)
+        strategy.start(grid, arrays, num_rounds=rounds + 2, timeout=None)
 
     cluster = ray_cluster.join()
     try:
@@ -182,7 +185,7 @@ def compare_flower(clients: int) -> None:
         people = population(clients, place)
         kernel, ours = kernel_alone(people), our_flower(people)
         plain = plain_flower(people, place, lambda own, step, head: train_clients(own, head, step))
-        usual = plain_flower(people, place, torch_loop)
+        usual = plain_flower(people, place, torch_loop, rounds=1)
     print(f"{machine.cpu_model()}, {machine.allowed_cores()} cores, {clients} clients")
     for name, seconds in (
         ("the kernel alone, in this process", kernel),
@@ -195,9 +198,53 @@ def compare_flower(clients: int) -> None:
     print("goal: one message per client costs at least 20 times as much")
 
 
+def compare_ray(clients: int) -> None:
+    """Two workers against one thread of this process, in turn; then many small clients."""
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        place = Path(name).resolve()
+        print(f"{machine.cpu_model()}, {machine.allowed_cores()} cores")
+        one_thread_and_two_workers(f"{clients} clients", population(clients, place))
+        many = population(10_000, place, examples=5)
+        one_thread_and_two_workers("10,000 clients of 5 examples", many)
+
+
+def one_thread_and_two_workers(what: str, people: Population) -> None:
+    """A few lines of the table."""
+    from fedtl.engines import LocalEngine
+    from fedtl.engines.ray_workers import RayEngine
+
+    everybody = np.arange(people.num_clients)
+    engines = {
+        "one thread": LocalEngine(people, 1),
+        "Ray, two workers": RayEngine(people, num_cpus=2),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in engines}
+    try:
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            engine.start(zeros())
+            print(f"{what}: {name} starts in {time.perf_counter() - started:.1f} s")
+        for round in range(ROUNDS + 1):
+            for name, engine in engines.items():
+                started = time.perf_counter()
+                average(list(engine.run_clients(plan(everybody, round), zeros())))
+                taken[name].append(time.perf_counter() - started)
+    finally:
+        for engine in engines.values():
+            engine.close()
+    rounds = np.array(list(taken.values()))[:, 1:]  # the first is not timed
+    for name, seconds in zip(engines, np.median(rounds, axis=1), strict=True):
+        print(f"{what}: {name:17} {1e3 * seconds / people.num_clients:8.3f} ms a client and round")
+    ratios = rounds[0] / rounds[1]
+    print(f"{what}: {np.median(ratios):.2f} times ({ratios.min():.2f} to {ratios.max():.2f})")
+
+
+PARTS = {"flower": (compare_flower, 1000), "ray": (compare_ray, 200)}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["flower"])
-    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--clients", type=int)
     arguments = parser.parse_args()
-    compare_flower(arguments.clients)
+    compare, usual_clients = PARTS[arguments.part]
+    compare(arguments.clients or usual_clients)

@@ -306,7 +306,7 @@ def _restore(
         raise InputError(
             f"no commit of this run is whole: {'; '.join(notes)}",
             where=folder.path,
-            do="Run the scenario anew, or 'fedtl resume --allow' to begin again in this folder",
+            do="Run the scenario anew, or resume with --allow to begin again in this folder",
         )
     if commit is None:
         state = federation.strategy.init(federation.head)
@@ -345,5 +345,5 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str)
         raise InputError(
             "this run was begun with something else: " + "; ".join(differences),
             where=where,
-            do="Run the scenario anew, or 'fedtl resume --allow' to go on all the same",
+            do="Run the scenario anew, or resume with --allow to go on all the same",
         )

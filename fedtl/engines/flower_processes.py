@@ -24,6 +24,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+
 from fedtl.errors import EnvironmentFault
 
 QUIET = {
@@ -307,6 +309,29 @@ def _hasten(loops: Any) -> None:
     # Back after a break of the network within seconds, not within twenty.
     retries: Any = import_module("flwr.supercore.retry.http_retry")
     retries.MAX_RETRY_DELAY = RETRY_SECONDS
+    _persist(import_module("flwr.supernode.fleet_http_connection"))
+
+
+def _persist(connection: Any) -> None:
+    """Let a SuperNode try again too where a connection broke in the middle of its TLS handshake.
+
+    Flower takes that for a certificate that is wrong, and leaves; whether it is wrong our parent
+    asks at the server's door.
+
+    Args:
+        connection: Flower's module.
+    """
+    make = connection.make_simple_http_retry_invoker
+
+    def patient() -> Any:
+        invoker = make()
+        hopeless = invoker.should_giveup
+        invoker.should_giveup = lambda error: (
+            not isinstance(error, httpx.TransportError) and hopeless(error)
+        )
+        return invoker
+
+    connection.make_simple_http_retry_invoker = patient
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -327,6 +352,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         _hasten(import_module("flwr.supernode.start_client_internal"))
         import_module("flwr.supernode.cli.flower_supernode").flower_supernode()
+        os._exit(1)  # it gave up; its other threads would stay, and nobody would start it anew
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def _opens(door: tuple[str, int]) -> bool:
     return True
 
 
-GUARD = 'while read group; do all="$all -$group"; done; kill -9 -- $all 2>/dev/null'
+GUARD = 'while read group; do all="$all -$group"; done; kill -s KILL -- $all 2>/dev/null'
 """Waits until nobody can tell it another group, and kills those it was told. ``sh`` runs it."""
 
 

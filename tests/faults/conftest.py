@@ -50,8 +50,8 @@ class Cable:
     then closes the connection.
     """
 
-    def __init__(self, port: int) -> None:
-        self._server, self.port = port, free_port()
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self.server, self._host, self.port = port, host, free_port()
         self.whole, self.lost = True, 0
         self._losing = self._at_least = 0
         self._loop = asyncio.new_event_loop()
@@ -80,7 +80,7 @@ class Cable:
             tasks.add(task := self._loop.create_task(self._carry(inner, out)))
             task.add_done_callback(tasks.discard)
 
-        start = asyncio.start_server(connected, "127.0.0.1", self.port)
+        start = asyncio.start_server(connected, self._host, self.port)
         server = self._loop.run_until_complete(start)
         self._loop.run_forever()
         server.close()
@@ -105,7 +105,7 @@ class Cable:
                     await out.drain()
 
         try:
-            source, there = await asyncio.open_connection("127.0.0.1", self._server)
+            source, there = await asyncio.open_connection("127.0.0.1", self.server)
             pump = self._loop.create_task(down(source))
             while data := await inner.read(2**16):
                 dead = dead or not self.whole
@@ -317,10 +317,11 @@ class Fleet:
         changed = re.sub(r"address = .*", f'address = "{address}"', join)
         (place / "join.toml").write_text(changed)
 
-    def call(self, *arguments: str, code: int = 0, **env: str) -> str:
-        """A command to its end; what it prints."""
+    def call(self, *arguments: str, code: int = 0, program: str = "", **env: str) -> str:
+        """A command to its end; what it prints. Another program may stand in for fedtl's."""
+        start = ("-c", program) if program else ("-m", "fedtl.cli")
         done = subprocess.run(
-            [sys.executable, "-m", "fedtl.cli", *arguments], capture_output=True, text=True,
+            [sys.executable, *start, *arguments], capture_output=True, text=True,
             timeout=120, cwd=self.place,
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **env},
         )  # fmt: skip
@@ -418,6 +419,20 @@ def processes_in(place: Path) -> list[str]:
             if here and int(process.name) != os.getpid():
                 found.append(process.name)
     return found
+
+
+@pytest.fixture
+def make_cable() -> Iterator[Callable[..., Cable]]:
+    """Lays cables; they are gone after the test."""
+    made: list[Cable] = []
+
+    def make(port: int, host: str) -> Cable:
+        made.append(Cable(port, host))
+        return made[-1]
+
+    yield make
+    for cable in made:
+        cable.close()
 
 
 @pytest.fixture(scope="session")

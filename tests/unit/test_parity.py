@@ -34,6 +34,30 @@ def test_every_engine_is_tried_with_one_worker_and_with_all() -> None:
     assert {way["num_cpus"] for way in found if way["kind"] == "ray"} >= {1}
 
 
+def test_no_way_is_tried_twice() -> None:
+    found = ways(Scenario.model_validate({"name": "x", "engine": {"num_cpus": 1}}))
+    assert [way["num_cpus"] for way in found if way["kind"] == "ray"] == [1]
+
+
+def test_one_engine_alone_is_no_parity(fedtl, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtl import parity
+
+    monkeypatch.setattr(parity, "NEEDS", dict.fromkeys(("ray", "flower"), ("no_such_package",)))
+    done = fedtl("parity", str(small))
+    assert done.returncode == 3
+    assert "ray: no_such_package is not installed; flower: no_such_package" in done.stderr
+
+
+def test_an_interrupted_certificate_names_no_run_to_resume(
+    fedtl, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTL_FAIL", "after_commit:interrupt:1")
+    done = fedtl("parity", str(small))
+    assert done.returncode == 130
+    assert "no certificate" in done.stderr
+    assert "resume" not in done.stderr
+
+
 def test_engines_that_do_not_agree_end_with_1(
     fedtl, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

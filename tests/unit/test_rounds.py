@@ -410,9 +410,10 @@ def test_absent_clients_are_as_those_that_do_not_answer(
     made = federation(population, participation={"absent": absent})
     replayed, _ = run(made, tmp_path / "replayed")
     assert same_bits(silent, replayed)
-    wrong = [{"round": 1, "clients": ["client-22"]}]
+    wrong = [{"round": 3, "clients": ["client-22"]}]
     with pytest.raises(InputError, match="Did you mean 'client-2'"):
         run(federation(population, participation={"absent": wrong}), tmp_path / "wrong")
+    assert not list((tmp_path / "wrong" / "checkpoints").iterdir()), "told before any round"
 
 
 def test_over_selection_asks_more_and_uses_the_first(

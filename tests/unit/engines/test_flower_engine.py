@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -364,3 +366,9 @@ def test_only_heads_and_sums_travel_in_a_round(nodes, population) -> None:
     assert after.messages - before.messages == 1
     assert head < after.sent - before.sent < head + 1500
     assert 2 * head < after.received - before.received < 2 * head + 1500
+
+
+def test_the_local_engine_waits_for_neither_flower_nor_ray() -> None:
+    code = "import sys, fedtl.build; print({'flwr', 'ray', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -166,10 +166,16 @@ def test_it_listens_on_the_loopback_only(cluster) -> None:
 
 
 def test_signals_stay_ours_and_those_to_our_group_do_not_reach_it(cluster, descendants) -> None:
+    import ray
+
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    began = descendants(os.getpid())
-    assert any("raylet" in line for line in began.values())
-    assert os.getpgrp() not in {os.getpgid(child) for child in began}
+    parts = ray._private.worker.global_worker.node.all_processes
+    began = [one.process.pid for kind in parts.values() for one in kind]
+    assert len(began) > 2
+    (raylet,) = parts["raylet"]
+    below = descendants(raylet.process.pid)
+    assert below
+    assert os.getpgrp() not in {os.getpgid(child) for child in [*began, *below]}
 
 
 def test_a_second_uses_the_first_and_leaves_it_running(cluster) -> None:

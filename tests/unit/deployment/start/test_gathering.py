@@ -218,7 +218,7 @@ def test_at_the_deadline_the_quorum_suffices(stage: Stage) -> None:
 
 
 def test_below_the_quorum_it_stops(stage: Stage) -> None:
-    with pytest.raises(PolicyStop, match=r"1 clients could take part, and 2 are needed; here: b"):
+    with pytest.raises(PolicyStop, match=r"1 client could take part, and 2 are needed; here: b"):
         stage.gather(join_seconds=30.0)
     assert 30 <= stage.passed < 31
 

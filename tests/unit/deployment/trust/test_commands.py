@@ -152,3 +152,18 @@ def test_a_client_with_one_key_need_not_say_its_name(fedtl, tmp_path: Path) -> N
     two = fedtl("client", "check", "--join", "join.toml", "--data", "data.npz")
     assert two.returncode == 2
     assert "--name" in two.stderr
+
+
+def test_each_kind_of_run_is_resumed_by_its_own_command(fedtl, small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fedtl("server", "init").returncode == 0
+    assert fedtl("run", str(small), "--out", str(run)).returncode == 0
+    (run / "summary.json").unlink()
+    wrong = fedtl("server", "resume", str(run))
+    assert wrong.returncode == 2
+    assert f"Type 'fedtl resume {run}'" in wrong.stderr
+    (run / "party.json").write_text("{}")
+    for arguments in (("resume", str(run)), ("run", str(small), "--out", str(run))):
+        wrong = fedtl(*arguments)
+        assert wrong.returncode == 2
+        assert f"Type 'fedtl server resume {run}'" in wrong.stderr
