@@ -1,7 +1,9 @@
 """The engines with workers of their own: what a client and round costs on each.
 
+    uv run python benchmarks/engines.py                     # all of it, in one run
     uv run python benchmarks/engines.py flower [--clients 1000]
     uv run python benchmarks/engines.py ray [--clients 200]
+    uv run python benchmarks/engines.py real
 
 Reference work: clients x 500 examples x 512 features, 10 classes, 5 epochs, batch 50; all clients
 in every round, local training and average. All figures of one run are of the same minutes.
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from real_clients import compare_real
 
 import fedtl.engines  # noqa: F401  before Flower's import: switches its telemetry off
 from fedtl import machine, seeding
@@ -243,8 +246,12 @@ PARTS = {"flower": (compare_flower, 1000), "ray": (compare_ray, 200)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("part", choices=[*PARTS, "real", "all"], nargs="?", default="all")
     parser.add_argument("--clients", type=int)
     arguments = parser.parse_args()
-    compare, usual_clients = PARTS[arguments.part]
-    compare(arguments.clients or usual_clients)
+    for part, (compare, usual_clients) in PARTS.items():
+        if arguments.part in (part, "all"):
+            compare(arguments.clients or usual_clients)
+            print()
+    if arguments.part in ("real", "all"):
+        compare_real()

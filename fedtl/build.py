@@ -67,7 +67,8 @@ def _workers(scenario: Scenario) -> dict[str, Any]:
     section = scenario.engine
     return {
         "address": section.address,
-        "num_cpus": section.num_cpus or allowed_threads(scenario),
+        # a cluster that is joined has as many as it has
+        "num_cpus": section.num_cpus or (None if section.address else allowed_threads(scenario)),
         "num_gpus": section.num_gpus,
         "device": resolve_device(scenario),
         "block_size": section.block_size,

@@ -27,7 +27,7 @@ from fedtl.engines.wire import (
     unpack,
     updates_reply,
 )
-from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal
+from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal, printable
 from fedtl.failpoints import failpoint
 from fedtl.types import Head, Int64, Population
 
@@ -166,8 +166,13 @@ class Node:
             or type(asked.get("round")) is not int
         ):
             raise InputError("a request without a nonce or a round")
-        if asked.get("kind") != kind or (self.name and asked.get("to") != self.name):
-            raise SecurityRefusal("a request that was meant for something or somebody else")
+        if asked.get("kind") != kind:
+            raise SecurityRefusal("a request that was meant for something else")
+        if self.name and asked.get("to") != self.name:
+            raise SecurityRefusal(
+                f"a request to {printable(str(asked.get('to')))[:60]!r}, as this key is approved, "
+                f"came to a client that calls itself {self.name!r}"
+            )
         if nonce in self._nonces:
             raise SecurityRefusal("a request that was answered before came again")
         self._nonces.add(nonce)

@@ -372,11 +372,19 @@ class Fleet:
         for server in self.servers:
             assert [p.name for p in server.run.rglob("*") if p.suffix in (".tmp", ".lock")] == []
 
-    def close(self) -> None:
-        started = [*self.servers, *self.sites.values()]
+    def calm(self) -> None:
+        """No server runs, no client is stopped or cut off."""
+        for server in self.servers:
+            if server.process.poll() is None:
+                server.process.kill()
+                server.process.wait()
         for site in self.sites.values():
             site.go_on()
-        for one in started:
+            site.cable.mend()
+
+    def close(self) -> None:
+        self.calm()
+        for one in self.sites.values():
             if one.process is not None and one.process.poll() is None:
                 one.process.kill()
                 one.process.wait()
@@ -454,7 +462,7 @@ def simulate(tmp_path: Path) -> Callable[..., Any]:
         content["rounds"] = rounds
         content["participation"] |= {"absent": server.absent(), **participation}
         one = validate(content, "simulated", {})
-        path = tmp_path / f"simulated-{server.run.name}"
+        path = tmp_path / f"simulated-{server.run.name}-{rounds}"
         return dict(run_scenario(one, path, Quiet(lambda note: None), Interrupts()))
 
     return run

@@ -6,7 +6,6 @@ Numbers are those of the fault list. The tests follow each other: the clients st
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -102,11 +101,17 @@ def away(make_fleet: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def fleet(request: pytest.FixtureRequest, make_fleet: Any) -> Any:
-    """Clients a, b and c for one run after the other."""
+def abc(request: pytest.FixtureRequest, make_fleet: Any) -> Any:
     if any(item.name.startswith("test_11") for item in request.session.items):
         request.getfixturevalue("away")  # it needs its time: begin now
     return make_fleet("abc")
+
+
+@pytest.fixture
+def fleet(abc: Any) -> Iterator[Any]:
+    """Clients a, b and c for one run after the other."""
+    yield abc
+    abc.calm()
 
 
 def test_8_13_16_18_killed_in_mid_fit_lost_acks_flapping_terminated(
@@ -157,7 +162,7 @@ def test_9_10_12_below_quorum_the_model_stays_and_the_run_stops_resumably(
     assert c.ends(signal.SIGTERM) == 143
     c.start(FEDTL_FAIL=f"client_before_train:stop:2:once={fleet.place / 'mark-few'}")
     fleet.start()
-    server = fleet.begin(scenario(quorum=3, patience=3, deadline=6.0), "few")
+    server = fleet.begin(scenario(quorum=3, patience=3, deadline=5.0), "few")
     eventually(lambda: server.abandoned() > 0, 90, "an abandoned round")
     c.go_on()
     eventually(lambda: server.abandoned() == 0, 30, "a round with everybody")
@@ -165,7 +170,7 @@ def test_9_10_12_below_quorum_the_model_stays_and_the_run_stops_resumably(
     assert server.ends() == 4
     fleet.clean()
     assert "3 rounds in a row missed the quorum, the last with 2 of 3 updates" in server.text
-    assert "c: no answer within 6 s" in server.text
+    assert "c: no answer within 5 s" in server.text
     assert "Bring the clients back and resume" in server.text
     heads = [load_file(path) for path in sorted((server.run / "checkpoints").glob("*.safetensors"))]
     assert len(heads) == 3
@@ -187,7 +192,7 @@ def test_9_10_12_below_quorum_the_model_stays_and_the_run_stops_resumably(
     compare(server, simulate, patience=1000)
 
 
-def test_14_17_a_slow_client_is_late_and_interrupts_keep_the_last_commit(
+def test_14_17_a_slow_client_is_late_and_two_interrupts_stop_at_once(
     fleet: Any, simulate: Any, eventually: Any
 ) -> None:
     slow, mark = fleet.sites["c"], fleet.place / "mark-slow"
@@ -196,36 +201,30 @@ def test_14_17_a_slow_client_is_late_and_interrupts_keep_the_last_commit(
     server = fleet.begin(scenario(fraction=0.67, over=1.5, deadline=30.0), "late")
     eventually(mark.exists, 60, "round 2")
     server.reaches(4, 20)  # nobody waits for it
-    assert server.events("late") == [e for e in server.events("late") if e["client"] != "c"]
-    slow.go_on()
 
     def told() -> list[dict[str, Any]]:
         return [e for e in server.events("late") if (e["client"], e["round"]) == ("c", 2)]
 
+    assert told() == []
+    slow.go_on()
     eventually(told, 30, "the late answer")
-    assert server.ends(signal.SIGINT) == 130
-    fleet.clean()
-    assert [event["asked"] for event in told()] == ["train"]
-    assert "c answered late in round 2; not used" in server.text
-    assert server.missed("c")[2] == "unused: late: the round had its 2 answers"
-    compare(server, simulate)
-
-    done = server.round()
-    server = fleet.resume("late")
-    server.reaches(done + 1)
-    for name in "bc":
-        fleet.sites[name].cable.cut()
+    fleet.sites["b"].cable.cut()
+    slow.cable.cut()
     time.sleep(1)  # the round waits for them now
-    server.process.send_signal(signal.SIGINT)
+    server.process.send_signal(signal.SIGINT)  # 17
     server.says("once more stops at once", 5)
     began = time.monotonic()
     assert server.ends(signal.SIGINT) == 130
     assert time.monotonic() - began < 15
-    assert "the last commit is valid" in server.text
-    assert server.committed()[1]["round"] > done
+    fleet.sites["b"].cable.mend()
+    slow.cable.mend()
     fleet.clean()
-    for name in "bc":
-        fleet.sites[name].cable.mend()
+    assert "the last commit is valid" in server.text
+    assert f"fedtl server resume {server.run.name}" in server.text
+    assert [event["asked"] for event in told()] == ["train"]
+    assert "c answered late in round 2; not used" in server.text
+    assert server.missed("c")[2] == "unused: late: the round had its 2 answers"
+    compare(server, simulate)
 
 
 def test_19_to_26_a_client_that_lies_is_refused_by_name(
@@ -240,11 +239,14 @@ def test_19_to_26_a_client_that_lies_is_refused_by_name(
             stderr=subprocess.STDOUT, cwd=c.place,
         )  # fmt: skip
     server = fleet.begin(scenario(rounds=13), "lies")
-    assert server.ends() == 0
+    try:
+        assert server.ends() == 0
+    finally:
+        assert c.ends(signal.SIGTERM) == 143
     fleet.clean()
     expected = [
         "weight has a value that is not finite",
-        r"weight has shape \(3, 1\) instead of \(3, 1000\)",
+        r"weight has shape \(1, 1000\) instead of \(3, 1000\)",
         "weight is float64 instead of float32",
         r"tensors \['weight'\] instead of",
         "times the cohort's median, allowed 10000",
@@ -261,40 +263,30 @@ def test_19_to_26_a_client_that_lies_is_refused_by_name(
         assert re.search(why, reason), (round, reason)
     assert server.missed("a") == server.missed("b") == {}
     compare(server, simulate)
-    assert c.ends(signal.SIGTERM) == 143
 
 
-def test_36_another_machines_name(fleet: Any) -> None:
-    """A client with an approved key that calls itself by the name of another."""
-    fleet.start("ab")
-    c = fleet.sites["c"]
+def test_36_59_another_machines_name_and_classes_of_other_names(fleet: Any) -> None:
+    """c has an approved key and calls itself a; b has another name for a class of a's."""
+    b, c = fleet.sites["b"], fleet.sites["c"]
     shutil.copy(c.place / "c.key", c.place / "a.key")
-    c.start("a")
-    server = fleet.begin(scenario(rounds=2, join=12.0), "names", "--min-clients", "2")
-    assert server.ends() == 0
-    fleet.clean()
-    assert re.search("refused c: .*'a'.*'c'", server.text), server.text
-    assert json.loads((server.run / "summary.json").read_bytes())["num_clients"] == 2
-    assert "Traceback" not in c.out
-    assert c.ends(signal.SIGTERM) == 143
-
-
-def test_59_classes_of_other_names_are_shown_in_a_table(fleet: Any) -> None:
-    fleet.start("ab")
-    c = fleet.sites["c"]
-    kept = dict(np.load(c.place / "data.npz"))
+    kept = dict(np.load(b.place / "data.npz"))
     renamed = np.where(kept["y"] == "cat", "catt", kept["y"])
-    np.savez(c.place / "data.npz", x=kept["x"], y=renamed)
-    c.start()
-    server = fleet.begin(scenario(rounds=2), "classes")
-    assert server.ends() == 2
-    np.savez(c.place / "data.npz", **kept)
+    np.savez(b.place / "data.npz", x=kept["x"], y=renamed)
+    fleet.start("ab")
+    c.start("a")
+    server = fleet.begin(scenario(rounds=2, join=15.0), "names", "--min-clients", "2")
+    try:
+        assert server.ends() == 2
+    finally:
+        assert c.ends(signal.SIGTERM) == 143
+        np.savez(b.place / "data.npz", **kept)
     fleet.clean()
     assert not server.run.exists()
-    assert "catt" in server.text
-    assert re.search(r"did you mean|cat\b", server.text, re.I)
-    for name in "abc":
-        assert re.search(rf"^.*\b{name}\b", server.text, re.M)
+    said = " ".join(server.text.split())
+    assert re.search("refused c: a request to 'c'.* calls itself 'a'", said), said  # 36
+    assert "class 'catt' is only in b and 'cat' only in a: did you mean 'cat'?" in said  # 59
+    assert "cat: held by a; missing at b" in said
+    assert "Traceback" not in c.out
 
 
 def test_1_4_6_the_server_is_killed_before_between_and_after_the_rounds(
@@ -384,7 +376,7 @@ def test_30_to_42_what_is_wrong_at_the_door_is_told(
     assert server.process.poll() is None
 
 
-def test_11_15_away_for_longer_than_the_server_believes(
+def test_11_15_17_away_for_longer_than_the_server_believes(
     away: Any, simulate: Any, eventually: Any
 ) -> None:
     fleet, server, thread, since = away
@@ -398,7 +390,7 @@ def test_11_15_away_for_longer_than_the_server_believes(
     for site in (y, z):
         eventually(lambda site=site: max(site.trained()) > back + 1, 60, f"{site.name} is back")
     server.reaches(max(max(site.trained()) for site in (y, z)) + 2)
-    assert server.ends(signal.SIGTERM) == 143
+    assert server.ends(signal.SIGINT) == 130  # 17
     fleet.clean()
     for name in "yz":
         why = set(server.missed(name).values())
