@@ -62,6 +62,23 @@ LONG = 68.0
 """Seconds: longer than Flower believes in a node that is silent."""
 
 
+FALSE_CLOCK = """
+import fedtl.deployment.knock as knock
+from datetime import datetime, timedelta
+class Clock(datetime):
+    @classmethod
+    def now(cls, zone=None):
+        return datetime.now(zone) + timedelta(seconds=612)
+knock.datetime = Clock
+"""
+OLD_VERSION = """
+from fedtl import machine
+found = machine.versions()
+machine.versions = lambda: {**found, "fedtl": "0.0.9"}
+"""
+RUN = "\nimport sys\nfrom fedtl.cli import run_command\nsys.exit(run_command(sys.argv[1:]))"
+
+
 def scenario(
     rounds: int = 1000, quorum: int = 1, patience: int = 1000, over: float = 1.0,
     fraction: float = 1.0, deadline: float = 5.0, join: float = 60.0,
@@ -192,6 +209,80 @@ def test_9_10_12_below_quorum_the_model_stays_and_the_run_stops_resumably(
     compare(server, simulate, patience=1000)
 
 
+def test_30_to_42_what_is_wrong_at_the_door_is_told(
+    away: Any, make_cable: Any, tmp_path: Path
+) -> None:
+    """The command line, against a server that is in the middle of a run."""
+    fleet, server, *_ = away
+    server.says("here x", 120)
+    place, site = fleet.place / "door", fleet.sites["x"]
+    place.mkdir()
+    for name in ("x.key", "x.pub", "data.npz"):
+        shutil.copy2(site.place / name, place)
+    good = f"127.0.0.1:{site.cable.port}"
+
+    def check(code: int, name: str = "x", program: str = "") -> str:
+        return str(
+            fleet.call(
+                "client", "check", "--folder", "door", "--join", "door/join.toml",
+                "--name", name, "--data", "door/data.npz", code=code, program=program + RUN,
+            )
+        )  # fmt: skip
+
+    fleet.join(place, good)
+    assert "is approved" in check(0)
+    assert re.search(r"clock differs by 61[0-4] s", check(3, program=FALSE_CLOCK))  # 38
+    said = check(3, program=OLD_VERSION)  # 42
+    assert "fedtl 0.0.9" in said
+    assert "pip install" in said
+    make_keys(place, "stranger")
+    said = check(5, "stranger")  # 34
+    assert "SHA256:" in said
+    assert "fedtl server approve stranger.pub" in said
+    (place / "x.key").chmod(0o644)
+    assert "x.key" in check(5)  # 37
+    (place / "x.key").chmod(0o600)
+    elsewhere = make_cable(site.cable.server, "127.0.0.2")
+    fleet.join(place, f"127.0.0.2:{elsewhere.port}")
+    said = check(5)  # 32
+    assert "the server's certificate is for other names" in said
+    assert "127.0.0.2" in said
+    other = create_federation(tmp_path / "other", good, [], build_app())
+    shutil.copy(other.join_path, place)
+    assert "not signed by the authority of this join file" in check(5)  # 30
+    (fleet.place / "second.toml").write_text(scenario())
+    said = fleet.call("server", "run", "second.toml", "--out", "second", code=3)  # 41
+    assert re.search(r"port \d+ .*process \S+ \(\d+\)", " ".join(said.split())), said
+    assert not (fleet.place / "second").exists()
+    shutil.rmtree(place)
+    assert server.process.poll() is None
+
+
+def test_11_15_17_away_for_longer_than_the_server_believes(
+    away: Any, simulate: Any, eventually: Any
+) -> None:
+    fleet, server, thread, since = away
+    thread.join()
+    y, z = fleet.sites["y"], fleet.sites["z"]
+    time.sleep(max(0.0, since[0] + LONG - time.monotonic()))
+    assert server.process.poll() is None, server.text
+    z.go_on()
+    y.cable.mend()
+    back = server.round()
+    for site in (y, z):
+        eventually(lambda site=site: max(site.trained()) > back + 1, 60, f"{site.name} is back")
+    server.reaches(max(max(site.trained()) for site in (y, z)) + 2)
+    assert server.ends(signal.SIGINT) == 130  # 17
+    fleet.clean()
+    for name in "yz":
+        why = set(server.missed(name).values())
+        assert "unused: no answer within 2 s" in why, why
+        assert "unused: its node is not there" in why, why
+        assert server.round() not in server.missed(name)
+    assert len(server.missed("x")) < 3  # on a busy machine
+    compare(server, simulate)
+
+
 def test_14_17_a_slow_client_is_late_and_two_interrupts_stop_at_once(
     fleet: Any, simulate: Any, eventually: Any
 ) -> None:
@@ -308,94 +399,3 @@ def test_1_4_6_the_server_is_killed_before_between_and_after_the_rounds(
     compare(server, simulate)
     rounds = pd.read_parquet(server.run / "rounds.parquet")["round"].tolist()
     assert rounds == [1, 2, 3]
-
-
-FALSE_CLOCK = """
-import fedtl.deployment.knock as knock
-from datetime import datetime, timedelta
-class Clock(datetime):
-    @classmethod
-    def now(cls, zone=None):
-        return datetime.now(zone) + timedelta(seconds=612)
-knock.datetime = Clock
-"""
-OLD_VERSION = """
-from fedtl import machine
-found = machine.versions()
-machine.versions = lambda: {**found, "fedtl": "0.0.9"}
-"""
-RUN = "\nimport sys\nfrom fedtl.cli import run_command\nsys.exit(run_command(sys.argv[1:]))"
-
-
-def test_30_to_42_what_is_wrong_at_the_door_is_told(
-    away: Any, make_cable: Any, tmp_path: Path
-) -> None:
-    """The command line, against a server that is in the middle of a run."""
-    fleet, server, *_ = away
-    server.says("here x", 120)
-    place, site = fleet.place / "door", fleet.sites["x"]
-    place.mkdir()
-    for name in ("x.key", "x.pub", "data.npz"):
-        shutil.copy2(site.place / name, place)
-    good = f"127.0.0.1:{site.cable.port}"
-
-    def check(code: int, name: str = "x", program: str = "") -> str:
-        return str(
-            fleet.call(
-                "client", "check", "--folder", "door", "--join", "door/join.toml",
-                "--name", name, "--data", "door/data.npz", code=code, program=program + RUN,
-            )
-        )  # fmt: skip
-
-    fleet.join(place, good)
-    assert "is approved" in check(0)
-    assert re.search(r"clock differs by 61[0-4] s", check(3, program=FALSE_CLOCK))  # 38
-    said = check(3, program=OLD_VERSION)  # 42
-    assert "fedtl 0.0.9" in said
-    assert "pip install" in said
-    make_keys(place, "stranger")
-    said = check(5, "stranger")  # 34
-    assert "SHA256:" in said
-    assert "fedtl server approve stranger.pub" in said
-    (place / "x.key").chmod(0o644)
-    assert "x.key" in check(5)  # 37
-    (place / "x.key").chmod(0o600)
-    elsewhere = make_cable(site.cable.server, "127.0.0.2")
-    fleet.join(place, f"127.0.0.2:{elsewhere.port}")
-    said = check(5)  # 32
-    assert "the server's certificate is for other names" in said
-    assert "127.0.0.2" in said
-    other = create_federation(tmp_path / "other", good, [], build_app())
-    shutil.copy(other.join_path, place)
-    assert "not signed by the authority of this join file" in check(5)  # 30
-    (fleet.place / "second.toml").write_text(scenario())
-    said = fleet.call("server", "run", "second.toml", "--out", "second", code=3)  # 41
-    assert re.search(r"port \d+ .*process \S+ \(\d+\)", " ".join(said.split())), said
-    assert not (fleet.place / "second").exists()
-    shutil.rmtree(place)
-    assert server.process.poll() is None
-
-
-def test_11_15_17_away_for_longer_than_the_server_believes(
-    away: Any, simulate: Any, eventually: Any
-) -> None:
-    fleet, server, thread, since = away
-    thread.join()
-    y, z = fleet.sites["y"], fleet.sites["z"]
-    time.sleep(max(0.0, since[0] + LONG - time.monotonic()))
-    assert server.process.poll() is None, server.text
-    z.go_on()
-    y.cable.mend()
-    back = server.round()
-    for site in (y, z):
-        eventually(lambda site=site: max(site.trained()) > back + 1, 60, f"{site.name} is back")
-    server.reaches(max(max(site.trained()) for site in (y, z)) + 2)
-    assert server.ends(signal.SIGINT) == 130  # 17
-    fleet.clean()
-    for name in "yz":
-        why = set(server.missed(name).values())
-        assert "unused: no answer within 2 s" in why, why
-        assert "unused: its node is not there" in why, why
-        assert server.round() not in server.missed(name)
-    assert len(server.missed("x")) < 3  # on a busy machine
-    compare(server, simulate)

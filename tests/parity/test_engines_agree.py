@@ -126,6 +126,27 @@ def simplest(people: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
+def test_the_certificate(people: Path) -> None:
+    changes = {"backbone": {"name": "identity", "feature_dtype": "float16"}, "rounds": 2}
+    scenario = scenario_of(people, changes, {"kind": "local"})
+    told: list[str] = []
+    done: list[str] = []
+    certificate = certify(
+        scenario,
+        Quiet(told.append),
+        Interrupts(),
+        ways(scenario),
+        lambda attempt: done.append(attempt.engine),
+    )
+    facts = certificate.as_facts()
+    assert [one["not_run"] for one in facts["engines"]] == [None] * len(done)
+    assert certificate.equal
+    assert facts["equal"] is True
+    assert {name.split(",")[0] for name in done} == {"local", "ray", "flower"}
+    assert len({one["head_sha256"] for one in facts["engines"]}) == 1
+    assert os.cpu_count() == 1 or any("2 workers" in name for name in done)
+
+
 @pytest.fixture(scope="module", params=list(ENGINES))
 def engine(request: Any, people: Path) -> Iterator[Engine]:
     """One engine for all scenarios, as their clients are the same: starting one takes seconds."""
@@ -163,24 +184,3 @@ def test_the_scenarios_do_what_their_names_say(people: Path, tmp_path: Path) -> 
     assert set(table["cohort"]) == {6}
     assert set(table["accepted"]) == {4}
     assert summary["rounds_completed"] == 3
-
-
-def test_the_certificate(people: Path) -> None:
-    changes = {"backbone": {"name": "identity", "feature_dtype": "float16"}, "rounds": 2}
-    scenario = scenario_of(people, changes, {"kind": "local"})
-    told: list[str] = []
-    done: list[str] = []
-    certificate = certify(
-        scenario,
-        Quiet(told.append),
-        Interrupts(),
-        ways(scenario),
-        lambda attempt: done.append(attempt.engine),
-    )
-    facts = certificate.as_facts()
-    assert [one["not_run"] for one in facts["engines"]] == [None] * len(done)
-    assert certificate.equal
-    assert facts["equal"] is True
-    assert {name.split(",")[0] for name in done} == {"local", "ray", "flower"}
-    assert len({one["head_sha256"] for one in facts["engines"]}) == 1
-    assert os.cpu_count() == 1 or any("2 workers" in name for name in done)
