@@ -246,7 +246,7 @@ def make_federation(opened: OpenedData, progress: ExtractionProgress | None = No
         scenario,
         population.roster(),
         head,
-        make_strategy(scenario.strategy),
+        make_strategy(scenario.strategy, population.names, scenario.seed),
         ENGINES[scenario.engine.kind](scenario, population),
         identity,
     )

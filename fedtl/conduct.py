@@ -108,7 +108,7 @@ def conduct(
                 folder.write_tables()
             raise
         return _conclude(
-            prepared, folder, observer, interrupts, state.head, done, started, start_seconds
+            prepared, folder, observer, interrupts, state.result, done, started, start_seconds
         )
 
 
@@ -148,10 +148,10 @@ def _conclude(
     mine = judgements["federated"]
     columns = roster.columns(mine.clients)
     folder.clients.append(
-        client_rows(scenario.rounds, mine.clients, mine.everyone, columns, "everyone")
+        client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
     references = {name: found for name, found in judgements.items() if name != "federated"}
-    folder.write_tables(beside(references, scenario.rounds))
+    folder.write_tables(beside(references, progress.round))
     folder.write_head(head, _head_card(prepared))
     summary = _summary(prepared, head, progress, judgements, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds

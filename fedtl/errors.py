@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -178,3 +178,17 @@ def writing(what: str, where: object) -> Iterator[None]:
             where=where,
             do="Free some space and run again" if full else "Choose a folder that can be written",
         ) from error
+
+
+def client_of(name: str, names: Sequence[str], where: object) -> int:
+    """The id of the client of this name. Raises InputError where there is none."""
+    if name in names:
+        return list(names).index(name)
+    hint = nearest(name, names)
+    raise InputError(
+        "no client has this name",
+        where=where,
+        got=repr(name),
+        allowed=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+        do=f"Did you mean {hint!r}?" if hint else None,
+    )

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedtl import seeding
-from fedtl.errors import InputError, nearest
+from fedtl.errors import client_of
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining, RoundPlan
@@ -92,18 +92,8 @@ def absent_clients(scenario: Scenario, names: tuple[str, ...], round: int) -> In
     missing = [c for a in scenario.participation.absent if a.round == round for c in a.clients]
     if not missing:
         return np.empty(0, np.int64)
-    ids = {name: client for client, name in enumerate(names)}
-    for name in missing:
-        if name not in ids:
-            hint = nearest(name, names)
-            raise InputError(
-                "no client has this name",
-                where=f"participation.absent, round {round}",
-                got=repr(name),
-                allowed=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
-                do=f"Did you mean {hint!r}?" if hint else None,
-            )
-    return np.unique(np.array([ids[name] for name in missing], np.int64))
+    where = f"participation.absent, round {round}"
+    return np.unique(np.array([client_of(name, names, where) for name in missing], np.int64))
 
 
 def first_answers(

@@ -30,9 +30,13 @@ from fedtl.results.commits import Commit
 from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies.base import ServerState, Strategy
+from fedtl.strategies.base import ServerState, Strategy, Summing
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster, RoundPlan, head_bytes
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster, RoundPlan
+
+
+WAVE_BYTES = 2**24
+"""Statistics of clients that are held at once; a single client's may be larger."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def run_rounds(
         absent_clients(federation.scenario, federation.roster.names, absence.round)
     state, progress = _restore(federation, folder, allow_changes, tell)
     total = federation.scenario.rounds
-    while progress.round < total:
+    while progress.round < total and not federation.strategy.finished(state):
         started = time.perf_counter()
         plan = plan_round(
             federation.scenario,
@@ -114,11 +118,13 @@ def run_rounds(
             state,
             progress.round + 1,
         )
-        updates, norms = _answers(federation, plan, state.head)
+        after, updates, norms = _trained(federation, plan, state)
         failpoint("after_train", plan.round)
-        quorate = len(updates.clients) >= federation.scenario.participation.quorum
+        # a strategy that asks nobody has nobody to wait for
+        quorum = min(federation.scenario.participation.quorum, len(plan.clients))
+        quorate = len(updates.clients) >= quorum
         if quorate:
-            state = federation.strategy.step(state, updates)
+            state = after() if len(updates.clients) else state
             _refuse_non_finite(state, plan.round)
         failpoint("after_aggregate", plan.round)
         progress = _counted(progress, plan, updates, state.head, quorate)
@@ -136,6 +142,44 @@ def run_rounds(
         if progress.round < total:
             interrupts.check(f"interrupted; saved round {progress.round} of {total}")
     return state, progress
+
+
+def _trained(
+    federation: Federation, plan: RoundPlan, state: ServerState
+) -> tuple[Callable[[], ServerState], ClientUpdates, Float64]:
+    """What takes the state over the round, the valid updates and their norms.
+
+    Statistics come a few clients at a time and are summed at once: they are too large to be held
+    together.
+    """
+    strategy = federation.strategy
+    if not isinstance(strategy, Summing):
+        updates, norms = _answers(federation, plan, state.head)
+        return lambda: strategy.step(state, updates), updates, norms
+    parts: list[ClientUpdates] = []
+    summed = state
+    at_a_time = max(1, WAVE_BYTES // plan.up_bytes(state.head))
+    for first in range(0, len(plan.clients), at_a_time):
+        wave = plan.part(np.arange(first, min(first + at_a_time, len(plan.clients))))
+        updates, _ = _answers(federation, wave, state.head)
+        if len(updates.clients):
+            summed = strategy.absorb(summed, updates)
+        parts.append(replace(updates, tensors={}))
+    updates = _joined(plan, parts)
+    return lambda: strategy.solve(summed), updates, np.full(len(updates.clients), np.nan)
+
+
+def _joined(plan: RoundPlan, parts: list[ClientUpdates]) -> ClientUpdates:
+    """Who answered in all the waves, without what they sent."""
+    return ClientUpdates(
+        plan.round,
+        np.concatenate([p.clients for p in parts] or [np.empty(0, np.int64)]),
+        {},
+        np.concatenate([p.num_examples for p in parts] or [np.empty(0, np.int64)]),
+        np.concatenate([p.loss for p in parts] or [np.empty(0)]),
+        tuple(failure for p in parts for failure in p.failures),
+        plan.training,
+    )
 
 
 def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[ClientUpdates, Float64]:
@@ -162,7 +206,9 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
 
 
 def _no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
-    none = {name: np.empty((0, *tensor.shape), np.float32) for name, tensor in head.items()}
+    none = {
+        name: np.empty((0, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()
+    }
     empty = np.empty(0, np.int64)
     return ClientUpdates(plan.round, empty, none, empty, np.empty(0), failures)
 
@@ -194,7 +240,6 @@ def _counted(
     progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head, quorate: bool
 ) -> Progress:
     """Logical payload: the head to each planned client, and back from each accepted one."""
-    size = head_bytes(head)
     own = plan.training
     order = np.array([own.epochs, own.batch_size], np.int64)
     return replace(
@@ -205,8 +250,8 @@ def _counted(
         batches=extend_digest(
             progress.batches, [plan.batch_keys, order, updates.clients, updates.num_examples]
         ),
-        bytes_down=progress.bytes_down + size * len(plan.clients),
-        bytes_up=progress.bytes_up + size * len(updates.clients),
+        bytes_down=progress.bytes_down + plan.down_bytes(head) * len(plan.clients),
+        bytes_up=progress.bytes_up + plan.up_bytes(head) * len(updates.clients),
         client_rounds=progress.client_rounds + len(updates.clients),
     )
 
@@ -224,7 +269,6 @@ def _record(
     """Append the clients' rows; return the round's row (without its seconds)."""
     scenario, roster = federation.scenario, federation.roster
     blocks = [_training_rows(roster, plan, updates, norms, quorate)]
-    size = head_bytes(state.head)
     trained = max(1, updates.num_examples.sum())
     loss = float((updates.loss * updates.num_examples).sum() / trained)
     row: dict[str, list[Any]] = {
@@ -234,8 +278,8 @@ def _record(
         "abandoned": [not quorate],
         "learning_rate": [plan.training.learning_rate],
         "train_loss": [defined(loss) if len(updates.clients) else None],
-        "bytes_up": [size * len(updates.clients)],
-        "bytes_down": [size * len(plan.clients)],
+        "bytes_up": [plan.up_bytes(state.head) * len(updates.clients)],
+        "bytes_down": [plan.down_bytes(state.head) * len(plan.clients)],
     }
     judged = dict.fromkeys(
         (
@@ -243,9 +287,10 @@ def _record(
             "accuracy_client_mean", "worst_decile_accuracy", "spread",
         )
     )  # fmt: skip
-    if plan.round % scenario.evaluation.every == 0 or plan.round == scenario.rounds:
+    last = plan.round == scenario.rounds or federation.strategy.finished(state)
+    if plan.round % scenario.evaluation.every == 0 or last:
         clients = judged_clients(scenario, roster.num_clients)
-        metrics = federation.engine.evaluate(state.head, clients)
+        metrics = federation.engine.evaluate(state.result, clients)
         names = roster.columns(metrics.clients)
         each = per_client(metrics)
         blocks.append(client_rows(plan.round, metrics.clients, each, names, "test"))
@@ -309,7 +354,7 @@ def _restore(
             do="Run the scenario anew, or resume with --allow to begin again in this folder",
         )
     if commit is None:
-        state = federation.strategy.init(federation.head)
+        state = federation.strategy.init(federation.head, federation.roster.num_clients)
         progress = Progress(
             rounds_bytes=folder.rounds.path.stat().st_size,
             clients_bytes=folder.clients.path.stat().st_size,
@@ -321,7 +366,7 @@ def _restore(
     saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
     saved["abandoned"] = 0  # whoever resumes has a reason to hope for more answers
     tensors = commit.tensors
-    fresh = federation.strategy.init(federation.head)
+    fresh = federation.strategy.init(federation.head, federation.roster.num_clients)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in _tensors(fresh).items()}:
         raise InputError(

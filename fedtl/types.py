@@ -6,7 +6,9 @@ Axes: K clients, k clients of a cohort, N examples, B batch, D features, C class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import ceil, prod
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -146,6 +148,59 @@ class LocalTraining:
     proximal: float = 0.0
 
 
+Task = Literal["train", "gradient", "statistics"]
+"""What clients do in a round: train the head, give the full gradient of their mean loss at it, or
+sum statistics of their features."""
+
+Report = Literal["start_loss", "start_gradient"]
+"""What a training client says besides: its mean loss over all its rows before training, and the
+gradient of that loss."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which sums over its training rows a client gives; z is a row's features [W] (see ``width``).
+
+    Attributes:
+        gram: also sum of z z^T.
+        class_grams: also that sum for each class apart.
+        bias: z ends with a 1.
+        random_features: R; 0 sums the features x themselves, else z = sqrt(2/R) cos(x Omega + b).
+        scale: standard deviation of Omega's entries.
+        key: seeds Omega and b, the same for all clients.
+    """
+
+    gram: bool = True
+    class_grams: bool = False
+    bias: bool = True
+    random_features: int = 0
+    scale: float = 1.0
+    key: int = 0
+
+    def width(self, num_features: int) -> int:
+        """W, the length of z."""
+        return (self.random_features or num_features) + self.bias
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a client's update is packed before it leaves, see ``clients.compression``.
+
+    Attributes:
+        kind: "top_k" (largest entries), "int8", or "sign" (one bit each).
+        fraction: of the entries that top_k sends, in (0, 1].
+        error_feedback: what was not sent is added to the client's next update.
+    """
+
+    kind: Literal["top_k", "int8", "sign"]
+    fraction: float = 0.01
+    error_feedback: bool = True
+
+
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Tensors by name, with shape and type."""
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """One round, decided before any engine runs.
@@ -156,6 +211,12 @@ class RoundPlan:
         batch_keys: the stream that orders each client's batches, uint64 [k].
         training: hyper-parameters of the round.
         needed: answers with which the round may close, or None for all.
+        task: what the clients do.
+        corrections: name -> float32 [k, ...], what each client adds to the gradient of every one
+            of its steps (drift-corrected strategies); empty for none.
+        reports: what training clients say besides their head.
+        statistics: what is summed, for the task "statistics".
+        compression: how updates are packed, None for as they are.
     """
 
     round: int
@@ -163,11 +224,77 @@ class RoundPlan:
     batch_keys: UInt64
     training: LocalTraining
     needed: int | None = None
+    task: Task = "train"
+    corrections: Mapping[str, Float32] = field(default_factory=dict)
+    reports: tuple[Report, ...] = ()
+    statistics: Statistics | None = None
+    compression: Compression | None = None
+
+    def part(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> RoundPlan:
+        """The plan for some of its clients: their places (or a mask) among ``clients``."""
+        return replace(
+            self,
+            clients=self.clients[places],
+            batch_keys=self.batch_keys[places],
+            corrections={name: tensor[places] for name, tensor in self.corrections.items()},
+        )
 
     def without(self, clients: Int64) -> RoundPlan:
         """The plan for all its clients but the given ones."""
-        stay = ~np.isin(self.clients, clients)
-        return replace(self, clients=self.clients[stay], batch_keys=self.batch_keys[stay])
+        return self.part(~np.isin(self.clients, clients))
+
+    def reply(self, head: Head) -> Shapes:
+        """The tensors that each client answers with, for a head of this form."""
+        own: Shapes = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in head.items()}
+        if self.task == "gradient":
+            return {name: (shape, np.dtype(np.float64)) for name, (shape, _) in own.items()}
+        if self.task == "statistics":
+            assert self.statistics is not None
+            return _sums(self.statistics, *head["weight"].shape)
+        if self.compression is not None:
+            return _packed(self.compression, head)
+        if "start_gradient" in self.reports:
+            own = {**own, **{f"start_gradient.{name}": own[name] for name in head}}
+        return own
+
+    def up_bytes(self, head: Head) -> int:
+        """Logical payload of one client's answer, in bytes."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.reply(head).values())
+
+    def down_bytes(self, head: Head) -> int:
+        """Logical payload of what one client is sent, in bytes; statistics need no head."""
+        sent = head_bytes(head) if self.task != "statistics" else 0
+        return sent + sum(tensor[:1].nbytes for tensor in self.corrections.values())
+
+
+def _sums(asked: Statistics, num_classes: int, num_features: int) -> Shapes:
+    """The tensors of a client's statistics; a Gram matrix travels as its upper triangle by rows."""
+    width, real = asked.width(num_features), np.dtype(np.float64)
+    packed = width * (width + 1) // 2
+    shapes: Shapes = {
+        "counts": ((num_classes,), np.dtype(np.int64)),
+        "sums": ((num_classes, width), real),
+    }
+    if asked.gram:
+        shapes["gram"] = ((packed,), real)
+    if asked.class_grams:
+        shapes["class_grams"] = ((num_classes, packed), real)
+    return shapes
+
+
+def _packed(asked: Compression, head: Head) -> Shapes:
+    """A compressed update: all tensors as one vector, a scale for each tensor."""
+    size = sum(tensor.size for tensor in head.values())
+    scales = ((len(head),), np.dtype(np.float32))
+    if asked.kind == "top_k":
+        kept = (max(1, ceil(asked.fraction * size)),)
+        return {
+            "top_k.places": (kept, np.dtype(np.int32)),
+            "top_k.values": (kept, np.dtype(np.float32)),
+        }
+    if asked.kind == "int8":
+        return {"int8.values": ((size,), np.dtype(np.int8)), "int8.scales": scales}
+    return {"sign.bits": ((-(-size // 8),), np.dtype(np.uint8)), "sign.scales": scales}
 
 
 @dataclass(frozen=True)
@@ -185,18 +312,29 @@ class ClientUpdates:
     Attributes:
         round: the round they answer.
         clients: int64 [k].
-        tensors: name -> float32 [k, ...], the head after local training.
+        tensors: name -> [k, ...]; after training the head, float32; else what ``RoundPlan.reply``
+            says.
         num_examples: int64 [k], the examples each client trained on.
-        loss: float64 [k], mean training loss over the first local epoch's batches.
+        loss: float64 [k], mean training loss: over the first local epoch's batches, or over all
+            rows at the round's head where the plan says so.
         failures: clients that were planned and are missing here.
+        training: what they were asked to do; known once they are accepted.
     """
 
     round: int
     clients: Int64
-    tensors: Mapping[str, Float32]
+    tensors: Mapping[str, npt.NDArray[Any]]
     num_examples: Int64
     loss: Float64
     failures: tuple[ClientFailure, ...] = ()
+    training: LocalTraining | None = None
+
+    @property
+    def steps(self) -> Int64:
+        """tau_k: SGD steps that each client took, int64 [k]."""
+        assert self.training is not None, "known once updates are accepted"
+        size = self.training.batch_size
+        return self.training.epochs * -(-self.num_examples // size)
 
 
 @dataclass(frozen=True)

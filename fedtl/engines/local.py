@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedtl.clients.evaluation import evaluate_clients
-from fedtl.clients.training import train_clients
+from fedtl.clients.tasks import do_task
 from fedtl.types import (
     ClientMetrics,
     ClientUpdates,
@@ -53,7 +53,7 @@ class LocalEngine:
 
     def run_clients(self, plan: RoundPlan, head: Head) -> Sequence[ClientUpdates]:
         """One reply that holds the whole cohort."""
-        updates = train_clients(
+        updates = do_task(
             self.population,
             head,
             plan,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedtl.clients.evaluation import evaluate_clients, evaluate_own
+from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
 from fedtl.engines.exchange import ECHOED
 from fedtl.engines.wire import (
@@ -198,7 +199,7 @@ class Node:
         population = self.host.population()
         here = replace(plan, clients=self.host.ids(plan.clients))
         failpoint("client_before_train", plan.round)
-        updates = train_clients(
+        updates = do_task(
             population,
             head,
             here,

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fedtl.errors import EnvironmentFault, InputError, Problem, ScenarioError, nearest
-from fedtl.scenario import schema
+from fedtl.scenario import schema, strategies
 from fedtl.scenario.compatibility import find_conflicts
 from fedtl.scenario.schema import Scenario
 
@@ -309,14 +309,15 @@ def _siblings(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         else:
             annotation = Scenario.model_fields[path[0]].annotation
             model = annotation if isinstance(annotation, type) else None
-    return list(model.model_fields) if model is not None else []
+    fields = model.model_fields if model is not None else {}
+    return [field.alias or name for name, field in fields.items()]
 
 
 def _strategy_models() -> dict[str, type[BaseModel]]:
     """Strategy names and their tables, read off the schema itself."""
     content = TypeAdapter(schema.Strategy).json_schema()
     mapping: dict[str, str] = content["discriminator"]["mapping"]
-    return {name: getattr(schema, ref.rsplit("/", 1)[1]) for name, ref in mapping.items()}
+    return {name: getattr(strategies, ref.rsplit("/", 1)[1]) for name, ref in mapping.items()}
 
 
 def strategy_names() -> list[str]:

@@ -11,23 +11,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-Width = Annotated[int, Field(ge=1, le=65_536)]
-FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
-
-
-class Section(BaseModel):
-    """Base of every table of a scenario: frozen, no unknown key, no NaN, no infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+from fedtl.scenario.sections import (
+    Beta,
+    Count,
+    FilePath,
+    Fraction,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Section,
+    Width,
+)
+from fedtl.scenario.strategies import Attack, Compression, FedAvg, Strategy
 
 
 class Data(Section):
@@ -122,6 +119,9 @@ class Head(Section):
     hidden: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
         default=[128], description="mlp: widths of the hidden layers"
     )
+    initial: Literal["zeros", "fed3r"] = Field(
+        "zeros", description="fed3r: a closed-form head, made in round 1, that the others start from"
+    )
 
 
 class Training(Section):
@@ -136,48 +136,6 @@ class Training(Section):
         "constant", description="of the learning rate over the rounds"
     )
     decay: Fraction = Field(0.99, description="schedule = exponential: factor per round")
-
-
-class StrategySection(Section):
-    """What every strategy has in common."""
-
-    weighting: Literal["examples", "uniform"] = Field(
-        "examples", description="weight of a client in every average"
-    )
-    server_learning_rate: Positive = 1.0
-
-
-class FedAvg(StrategySection):
-    """McMahan et al. 2017."""
-
-    name: Literal["fedavg"] = "fedavg"
-
-
-class FedProx(StrategySection):
-    """Li et al. 2020."""
-
-    name: Literal["fedprox"]
-    mu: NonNegative = 0.01
-
-
-class FedAvgM(StrategySection):
-    """Hsu et al. 2019."""
-
-    name: Literal["fedavgm"]
-    momentum: Beta = 0.9
-
-
-class Adaptive(StrategySection):
-    """Reddi et al. 2021."""
-
-    name: Literal["fedadagrad", "fedadam", "fedyogi"]
-    server_learning_rate: Positive = 0.03
-    beta_1: Beta = 0.9
-    beta_2: Beta = 0.99
-    tau: Positive = 1e-3
-
-
-Strategy = Annotated[FedAvg | FedProx | FedAvgM | Adaptive, Field(discriminator="name")]
 
 
 class Absence(Section):
@@ -215,7 +173,7 @@ class Validation(Section):
 class Evaluation(Section):
     """What the heads are compared with and how often they are judged."""
 
-    references: list[Literal["local_only", "centralised"]] = ["local_only", "centralised"]
+    references: list[Literal["local_only", "centralised", "ridge"]] = ["local_only", "centralised"]
     every: Count = Field(1, description="rounds between evaluations; the last is always judged")
     fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
     reference_clients: Count = Field(
@@ -268,6 +226,8 @@ class Scenario(Section):
     head: Head = Head()
     training: Training = Training()
     strategy: Strategy = FedAvg()
+    compression: Compression = Compression()
+    attack: Attack = Attack()
     participation: Participation = Participation()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()

@@ -30,7 +30,7 @@ class FedAvg:
     weighting: Weighting = "examples"
     server_learning_rate: float = 1.0
 
-    def init(self, head: Head) -> ServerState:
+    def init(self, head: Head, num_clients: int) -> ServerState:
         """FedAvg remembers nothing but the head."""
         return ServerState(head)
 
@@ -43,6 +43,10 @@ class FedAvg:
         delta = self._delta(state, updates)
         step = {name: self.server_learning_rate * value for name, value in delta.items()}
         return replace(state, head=moved(state, step))
+
+    def finished(self, state: ServerState) -> bool:
+        """Never: it goes on for as many rounds as the scenario has."""
+        return False
 
     def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
         return mean_delta(state.head, updates, client_weights(updates, self.weighting))
@@ -65,7 +69,7 @@ class FedAvgM(FedAvg):
 
     momentum: float = 0.9
 
-    def init(self, head: Head) -> ServerState:
+    def init(self, head: Head, num_clients: int) -> ServerState:
         """v starts at zero."""
         return ServerState(head, _zeros("momentum", head))
 
@@ -93,7 +97,7 @@ class FedAdagrad(FedAvg):
     beta_2: float = 0.99
     tau: float = 1e-3
 
-    def init(self, head: Head) -> ServerState:
+    def init(self, head: Head, num_clients: int) -> ServerState:
         """Both moments start at zero."""
         return ServerState(head, {**_zeros("first", head), **_zeros("second", head)})
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtl.types import ClientUpdates, Float32, Float64, Head, RoundPlan
 
 Weighting = Literal["examples", "uniform"]
+
+
+RESULT = "result."
+"""Before the names of slots that hold a head to be judged and kept in place of the one sent."""
 
 
 @dataclass(frozen=True)
@@ -19,18 +24,27 @@ class ServerState:
 
     Attributes:
         head: float32 tensors, exactly what clients receive.
-        slots: a server optimiser's float64 tensors, by name.
+        slots: a strategy's other tensors (float64, float32 or int64), by name; their shapes never
+            change from ``init`` on, so that a commit can be checked against them.
     """
 
     head: Head
-    slots: Mapping[str, Float64] = field(default_factory=dict)
+    slots: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def result(self) -> Head:
+        """The head that is judged and kept: slots ``result.<name>`` where a strategy has them."""
+        return {
+            name: _float32(self.slots[RESULT + name]) if RESULT + name in self.slots else tensor
+            for name, tensor in self.head.items()
+        }
 
 
 class Strategy(Protocol):
-    """Combines clients' heads. Pure: no hidden state, no randomness, no input or output."""
+    """Combines what clients send. Pure: no hidden state, no input or output, no own randomness."""
 
-    def init(self, head: Head) -> ServerState:
-        """The state before round 1."""
+    def init(self, head: Head, num_clients: int) -> ServerState:
+        """The state before round 1, for a population of ``num_clients``."""
         ...
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
@@ -39,6 +53,27 @@ class Strategy(Protocol):
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """The next state from valid updates, sorted by client id; at least one."""
+        ...
+
+    def finished(self, state: ServerState) -> bool:
+        """Whether another round could change nothing."""
+        ...
+
+
+@runtime_checkable
+class Summing(Strategy, Protocol):
+    """A strategy whose clients send statistics, too large to be held all at once.
+
+    The loop hands them over a few clients at a time, in the order of their ids, and then has the
+    sums solved: ``step`` is ``solve`` of ``absorb``.
+    """
+
+    def absorb(self, state: ServerState, updates: ClientUpdates) -> ServerState:
+        """Add some clients' statistics to the sums."""
+        ...
+
+    def solve(self, state: ServerState) -> ServerState:
+        """The head that follows from the sums."""
         ...
 
 

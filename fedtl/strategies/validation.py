@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64, RoundPlan
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64, RoundPlan, Shapes
 
 
 def accept_updates(
@@ -36,9 +36,10 @@ def accept_updates(
     failures: dict[int, str] = {}
     blocks: list[ClientUpdates] = []
     seen: set[int] = set()
+    expected = plan.reply(head)
     for reply in replies:
         failures.update({failure.client: failure.reason for failure in reply.failures})
-        reason = _malformed(reply, plan, head)
+        reason = _malformed(reply, plan, expected)
         repeated = seen.intersection(reply.clients.tolist())
         if reason is None and repeated:
             reason = "answered twice"
@@ -47,8 +48,8 @@ def accept_updates(
             continue
         seen.update(reply.clients.tolist())
         blocks.append(reply)
-    merged = _merge(blocks, plan, head)
-    keep, norms, refused = _judge(merged, head, declared_examples, max_norm_ratio)
+    merged = _merge(blocks, plan, expected)
+    keep, norms, refused = _judge(merged, plan, head, declared_examples, max_norm_ratio)
     planned = set(plan.clients.tolist())
     failures = {k: reason for k, reason in failures.items() if k in planned and k not in seen}
     failures.update(refused)
@@ -63,11 +64,12 @@ def accept_updates(
         merged.num_examples[keep],
         merged.loss[keep],
         tuple(ClientFailure(client, failures[client]) for client in sorted(failures)),
+        plan.training,
     )
     return accepted, norms[keep]
 
 
-def _malformed(reply: ClientUpdates, plan: RoundPlan, head: Head) -> str | None:
+def _malformed(reply: ClientUpdates, plan: RoundPlan, expected: Shapes) -> str | None:
     """Why a whole reply cannot be read, or None."""
     count = len(reply.clients)
     if reply.round != plan.round:
@@ -76,14 +78,14 @@ def _malformed(reply: ClientUpdates, plan: RoundPlan, head: Head) -> str | None:
         return f"client {min(unknown)} is not in this round"
     if len(set(reply.clients.tolist())) != count:
         return "answered twice"
-    if set(reply.tensors) != set(head):
-        return f"tensors {sorted(reply.tensors)} instead of {sorted(head)}"
-    for name, start in head.items():
+    if set(reply.tensors) != set(expected):
+        return f"tensors {sorted(reply.tensors)} instead of {sorted(expected)}"
+    for name, (shape, dtype) in expected.items():
         tensor = reply.tensors[name]
-        if tensor.dtype != np.float32:
-            return f"{name} is {tensor.dtype} instead of float32"
-        if tensor.shape != (count, *start.shape):
-            return f"{name} has shape {tensor.shape[1:]} instead of {start.shape}"
+        if tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype} instead of {dtype}"
+        if tensor.shape != (count, *shape):
+            return f"{name} has shape {tensor.shape[1:]} instead of {shape}"
     for what, values in (("num_examples", reply.num_examples), ("loss", reply.loss)):
         if values.shape != (count,):
             return f"{what} has shape {values.shape} instead of {(count,)}"
@@ -92,16 +94,16 @@ def _malformed(reply: ClientUpdates, plan: RoundPlan, head: Head) -> str | None:
     return None
 
 
-def _merge(blocks: list[ClientUpdates], plan: RoundPlan, head: Head) -> ClientUpdates:
+def _merge(blocks: list[ClientUpdates], plan: RoundPlan, expected: Shapes) -> ClientUpdates:
     if len(blocks) == 1 and bool(np.all(np.diff(blocks[0].clients) > 0)):
         return blocks[0]
     clients = np.concatenate([b.clients for b in blocks] or [np.empty(0, np.int64)])
     order = np.argsort(clients)
     tensors = {
         name: np.concatenate(
-            [b.tensors[name] for b in blocks] or [np.empty((0, *start.shape), np.float32)]
+            [b.tensors[name] for b in blocks] or [np.empty((0, *shape), dtype)]
         )[order]
-        for name, start in head.items()
+        for name, (shape, dtype) in expected.items()
     }
     examples = np.concatenate([b.num_examples for b in blocks] or [np.empty(0, np.int64)])
     loss = np.concatenate([b.loss for b in blocks] or [np.empty(0)])
@@ -109,19 +111,16 @@ def _merge(blocks: list[ClientUpdates], plan: RoundPlan, head: Head) -> ClientUp
 
 
 def _judge(
-    updates: ClientUpdates, head: Head, declared: Int64, max_norm_ratio: float
+    updates: ClientUpdates,
+    plan: RoundPlan,
+    head: Head,
+    declared: Int64,
+    max_norm_ratio: float,
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], Float64, dict[int, str]]:
     """Which clients' values may be added (bool [k]), all norms, and the refusals."""
-    count = len(updates.clients)
-    squares = np.zeros(count)
-    culprit = np.full(count, "", object)
-    with np.errstate(all="ignore"):  # values that overflow are exactly what is looked for
-        for name, start in head.items():
-            delta = (updates.tensors[name] - start).reshape(count, start.size)
-            # float64 cannot overflow on squares of float32: a sum is finite if all its terms are
-            squares += np.einsum("kp,kp->k", delta, delta, dtype=np.float64)
-            culprit[~np.isfinite(squares) & (culprit == "")] = name
-    finite, norms = np.isfinite(squares), np.sqrt(squares)
+    squares, culprit = _squares(updates, plan, head)
+    finite = np.isfinite(squares)
+    norms = np.sqrt(squares) if plan.task == "train" else np.full(len(squares), np.nan)
     right = updates.num_examples == declared[updates.clients]
     median = float(np.median(norms[finite & right])) if (finite & right).any() else 0.0
     bounded = (norms <= max_norm_ratio * median) if median > 0 else np.ones(len(norms), bool)
@@ -141,3 +140,30 @@ def _judge(
                 f"allowed {max_norm_ratio:g}"
             )
     return finite & right & bounded, norms, refused
+
+
+def _squares(
+    updates: ClientUpdates, plan: RoundPlan, head: Head
+) -> tuple[Float64, np.ndarray[tuple[int], np.dtype[np.object_]]]:
+    """Each update's squared length, float64 [k], and the first tensor that makes it infinite.
+
+    After training that is the way from the round's head; whatever else is sent only has to be
+    finite.
+    """
+    count = len(updates.clients)
+    squares, rest = np.zeros(count), np.zeros(count)
+    culprit = np.full(count, "", object)
+    with np.errstate(all="ignore"):  # values that overflow are exactly what is looked for
+        for name, tensor in updates.tensors.items():
+            moved = plan.task == "train" and name in head
+            delta = (tensor - head[name] if moved else tensor).reshape(count, -1)
+            if delta.dtype == np.float32 or delta.dtype.kind in "iu":
+                # float64 cannot overflow on squares of float32: a sum is finite if its terms are
+                own = np.einsum("kp,kp->k", delta, delta, dtype=np.float64)
+            else:
+                own = np.abs(delta).sum(axis=1)
+            target = squares if moved else rest
+            target += own
+            culprit[~np.isfinite(own) & (culprit == "")] = name
+    squares[~np.isfinite(rest)] = np.nan
+    return squares, culprit

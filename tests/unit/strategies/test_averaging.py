@@ -25,7 +25,7 @@ def slow_delta(head, three, weights):
 
 
 def test_fedavg_is_the_weighted_mean(three) -> None:
-    state = FedAvg().step(FedAvg().init(HEAD), three)
+    state = FedAvg().step(FedAvg().init(HEAD, 9), three)
     for name, tensor in three.tensors.items():
         mean = np.average(tensor.astype(float), axis=0, weights=[1, 2, 7])
         np.testing.assert_allclose(state.head[name], mean, rtol=1e-6)
@@ -34,13 +34,13 @@ def test_fedavg_is_the_weighted_mean(three) -> None:
 
 def test_uniform_weights_count_clients_not_examples(three) -> None:
     strategy = FedAvg(weighting="uniform")
-    state = strategy.step(strategy.init(HEAD), three)
+    state = strategy.step(strategy.init(HEAD, 9), three)
     np.testing.assert_allclose(state.head["bias"], three.tensors["bias"].mean(0), rtol=1e-6)
 
 
 def test_one_client_is_taken_over_bit_for_bit(updates) -> None:
     mine = np.random.default_rng(2).normal(size=(1, 2, 3)).astype(np.float32)
-    state = FedAvg().step(FedAvg().init(HEAD), updates({"weight": mine, "bias": [[1, 2]]}))
+    state = FedAvg().step(FedAvg().init(HEAD, 9), updates({"weight": mine, "bias": [[1, 2]]}))
     assert state.head["weight"].tobytes() == mine[0].tobytes()
 
 
@@ -50,19 +50,19 @@ def test_fedprox_differs_only_in_what_clients_do(three) -> None:
     assert FedProx(mu=0.0).plan(ServerState(HEAD), plan).training == plan.training
     assert FedAvg().plan(ServerState(HEAD), plan) is plan
     a, b = FedProx(mu=0.3), FedAvg()
-    one, other = a.step(a.init(HEAD), three), b.step(b.init(HEAD), three)
+    one, other = a.step(a.init(HEAD, 9), three), b.step(b.init(HEAD, 9), three)
     assert all(one.head[n].tobytes() == other.head[n].tobytes() for n in HEAD)
 
 
 def test_fedavgm_with_beta_zero_is_fedavg_bit_for_bit(three) -> None:
     a, b = FedAvgM(momentum=0.0), FedAvg()
-    one, other = a.step(a.init(HEAD), three), b.step(b.init(HEAD), three)
+    one, other = a.step(a.init(HEAD, 9), three), b.step(b.init(HEAD, 9), three)
     assert all(one.head[n].tobytes() == other.head[n].tobytes() for n in HEAD)
 
 
 def test_fedavgm_follows_its_recursion(three) -> None:
     strategy = FedAvgM(momentum=0.9, server_learning_rate=0.5)
-    state = strategy.init(HEAD)
+    state = strategy.init(HEAD, 9)
     head, velocity = dict(HEAD), {name: np.zeros(t.shape) for name, t in HEAD.items()}
     for _ in range(3):
         state = strategy.step(state, three)
@@ -83,7 +83,7 @@ def test_fedavgm_follows_its_recursion(three) -> None:
 )
 def test_adaptive_methods_follow_their_equations(kind, accumulate, three) -> None:
     strategy = kind(server_learning_rate=0.1)
-    state = strategy.init(HEAD)
+    state = strategy.init(HEAD, 9)
     head = dict(HEAD)
     m = {n: np.zeros(t.shape) for n, t in HEAD.items()}
     v = {n: np.zeros(t.shape) for n, t in HEAD.items()}
