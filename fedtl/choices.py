@@ -6,6 +6,7 @@ from typing import get_args
 
 from fedtl.scenario import schema
 from fedtl.scenario.load import list_scenarios, strategy_names
+from fedtl.scenario.sections import Section
 
 
 def choices() -> dict[str, list[str]]:
@@ -27,5 +28,5 @@ def choices() -> dict[str, list[str]]:
     }
 
 
-def _literal(section: type[schema.Section], key: str) -> list[str]:
+def _literal(section: type[Section], key: str) -> list[str]:
     return [str(name) for name in get_args(section.model_fields[key].annotation)]

@@ -32,8 +32,15 @@ from fedtl.results.runs import RunFolder
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy, Summing
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster, RoundPlan
-
+from fedtl.types import (
+    ClientFailure,
+    ClientUpdates,
+    Float64,
+    Head,
+    Roster,
+    RoundPlan,
+    no_updates,
+)
 
 WAVE_BYTES = 2**24
 """Statistics of clients that are held at once; a single client's may be larger."""
@@ -120,8 +127,9 @@ def run_rounds(
         )
         after, updates, norms = _trained(federation, plan, state)
         failpoint("after_train", plan.round)
-        # a strategy that asks nobody has nobody to wait for
-        quorum = min(federation.scenario.participation.quorum, len(plan.clients))
+        quorum = federation.scenario.participation.quorum
+        if isinstance(federation.strategy, Summing):  # who has answered before counts no less
+            quorum = min(quorum, len(plan.clients))
         quorate = len(updates.clients) >= quorum
         if quorate:
             state = after() if len(updates.clients) else state
@@ -191,7 +199,7 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
     answered = {client for reply in replies for client in reply.clients.tolist()}
     if left := set(plan.clients.tolist()) & set(absent.tolist()):
         away = tuple(ClientFailure(client, "absent, as the scenario has it") for client in left)
-        replies.append(_no_updates(plan, head, away))
+        replies.append(no_updates(plan, head, away))
     updates, norms = accept_updates(
         replies, plan, head, roster.train, scenario.validation.max_norm_ratio
     )
@@ -203,14 +211,6 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
             do="The training diverged or the data are broken: lower training.learning_rate",
         )
     return first_answers(updates, norms, plan, scenario.seed)
-
-
-def _no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
-    none = {
-        name: np.empty((0, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()
-    }
-    empty = np.empty(0, np.int64)
-    return ClientUpdates(plan.round, empty, none, empty, np.empty(0), failures)
 
 
 def _below_quorum(federation: Federation, updates: ClientUpdates, progress: Progress) -> PolicyStop:

@@ -182,6 +182,9 @@ class Statistics:
         return (self.random_features or num_features) + self.bias
 
 
+Packing = Literal["top_k", "int8", "sign"]
+
+
 @dataclass(frozen=True)
 class Compression:
     """How a client's update is packed before it leaves, see ``clients.compression``.
@@ -192,7 +195,7 @@ class Compression:
         error_feedback: what was not sent is added to the client's next update.
     """
 
-    kind: Literal["top_k", "int8", "sign"]
+    kind: Packing
     fraction: float = 0.01
     error_feedback: bool = True
 
@@ -335,6 +338,13 @@ class ClientUpdates:
         assert self.training is not None, "known once updates are accepted"
         size = self.training.batch_size
         return self.training.epochs * -(-self.num_examples // size)
+
+
+def no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
+    """A reply of nobody: only why clients have none."""
+    none = {name: np.empty((0, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()}
+    empty = np.empty(0, np.int64)
+    return ClientUpdates(plan.round, empty, none, empty, np.empty(0), failures)
 
 
 @dataclass(frozen=True)

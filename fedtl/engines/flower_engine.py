@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -33,6 +33,7 @@ from fedtl.types import (
     RoundPlan,
     UInt64,
     join_metrics,
+    no_updates,
 )
 
 T = TypeVar("T")
@@ -119,19 +120,18 @@ class FlowerEngine:
         """One reply per node, and one more with the clients of which none came."""
 
         def request(clients: Int64) -> Request:
-            keys = plan.batch_keys[np.searchsorted(plan.clients, clients)]
-            return train_request(replace(plan, clients=clients, batch_keys=keys), head)
+            return train_request(plan.part(np.searchsorted(plan.clients, clients)), head)
 
         def read(clients: Int64, answer: Answer) -> ClientUpdates:
             return read_updates(plan.round, clients, answer.tensors)
 
-        limit = reply_bytes(head, len(plan.clients), len(self.roster.classes))
+        limit = reply_bytes(len(plan.clients), plan.up_bytes(head))
         needed = plan.needed if self.real else None
         question = Question("train", plan.round, request, read, limit, needed)
         self._wait_for(min(self.quorum, len(plan.clients)), plan.clients)
         replies, missing = self._collect(question, plan.clients)
         failures = tuple(ClientFailure(client, why) for client, why in sorted(missing.items()))
-        return [*replies, _only_failures(plan.round, failures, head)]
+        return [*replies, no_updates(plan, head, failures)]
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
         """The clients that could be judged, sorted by id."""
@@ -178,7 +178,7 @@ class FlowerEngine:
         def read(some: Int64, answer: Answer) -> ClientMetrics:
             return read_metrics(some, num_classes, self.roster.test[some], answer.tensors)
 
-        limit = reply_bytes(head, len(clients), num_classes)
+        limit = reply_bytes(len(clients), 16 * num_classes)
         question = Question(kind, 0, request, read, limit, deadlines=deadlines)
         parts, _ = self._collect(question, clients)
         counts = np.zeros((0, num_classes), np.int64)
@@ -296,9 +296,3 @@ class FlowerEngine:
 
 def _everybody(asked: Mapping[int, Int64]) -> list[int]:
     return [client for own in asked.values() for client in own.tolist()]
-
-
-def _only_failures(round: int, failures: tuple[ClientFailure, ...], head: Head) -> ClientUpdates:
-    empty = {name: np.empty((0, *tensor.shape), np.float32) for name, tensor in head.items()}
-    none = np.empty(0, np.int64)
-    return ClientUpdates(round, none, empty, none, np.empty(0), failures)

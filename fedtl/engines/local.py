@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedtl.clients.evaluation import evaluate_clients
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
 from fedtl.types import (
     ClientMetrics,
@@ -37,12 +38,14 @@ class LocalEngine:
         threads: how many clients train at the same time.
         device: "cpu" or "cuda".
         block_size: clients handed to a thread at a time; None lets the kernel choose.
+        store: what the clients keep from round to round, where a scenario needs it.
     """
 
     population: Population
     threads: int
     device: str = "cpu"
     block_size: int | None = None
+    store: PersonalStore | None = None
 
     def start(self, head: Head) -> None:
         """Compile the kernel, or load it from disk, on the smallest client."""
@@ -60,6 +63,7 @@ class LocalEngine:
             threads=self.threads,
             device=self.device,
             block_size=self.block_size,
+            store=self.store,
         )
         self._release()
         return [updates]

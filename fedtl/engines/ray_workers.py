@@ -31,6 +31,7 @@ from fedtl.types import (
     RoundPlan,
     head_bytes,
     join_metrics,
+    no_updates,
 )
 
 BLOCKS_PER_WORKER = 4
@@ -107,25 +108,22 @@ class RayEngine:
         sent = self._sent(head)
 
         def train(actor: Actor, block: Block) -> Any:
-            part = RoundPlan(plan.round, plan.clients[block], plan.batch_keys[block], plan.training)
-            return actor.train.remote(part, sent)
+            return actor.train.remote(plan.part(block), sent)
 
-        blocks = self._blocks(np.arange(len(plan.clients)), head)
+        blocks = self._blocks(np.arange(len(plan.clients)), plan.up_bytes(head))
         replies, missing = self._share_out(blocks, train, self.deadline_seconds)
         if missing:
             reason = f"no answer within {self.deadline_seconds:g} s"
             late = plan.clients[np.concatenate(missing)].tolist()
             failures = tuple(ClientFailure(client, reason) for client in late)
-            empty = {name: np.empty((0, *t.shape), np.float32) for name, t in head.items()}
-            none = np.empty(0, np.int64)
-            replies.append(ClientUpdates(plan.round, none, empty, none, np.empty(0), failures))
+            replies.append(no_updates(plan, head, failures))
         return replies
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
         """Each client's own test examples, sorted by client id."""
         sent = self._sent(head)
         parts, _ = self._share_out(
-            self._blocks(clients, head),
+            self._blocks(clients, head_bytes(head)),
             lambda actor, block: actor.evaluate.remote(block, sent),
             self.deadline_seconds,
         )
@@ -176,9 +174,10 @@ class RayEngine:
 
         return ray.put(dict(head))
 
-    def _blocks(self, items: Int64, head: Head) -> list[Block]:
+    def _blocks(self, items: Int64, num_bytes: int) -> list[Block]:
+        """Blocks of clients whose answers, of so many bytes each, are not too much together."""
         share = math.ceil(len(items) / (BLOCKS_PER_WORKER * max(1, self._size)))
-        most = max(1, min(LARGEST_BLOCK, LARGEST_REPLY // head_bytes(head)))
+        most = max(1, min(LARGEST_BLOCK, LARGEST_REPLY // num_bytes))
         size = self.block_size or max(1, min(share, most))
         return [items[first : first + size] for first in range(0, len(items), size)]
 

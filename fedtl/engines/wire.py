@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +19,20 @@ from fedtl.errors import InputError
 from fedtl.types import (
     ClientMetrics,
     ClientUpdates,
+    Compression,
     Float32,
     Head,
     Int64,
     LocalTraining,
+    Packing,
+    Report,
     RoundPlan,
+    Statistics,
+    Task,
     UInt64,
-    head_bytes,
 )
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever an older server or client could misread what is sent."""
 
 MESSAGE_TYPES: Mapping[str, str] = {
@@ -44,9 +48,19 @@ MESSAGE_TYPES: Mapping[str, str] = {
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 FACTS = "fedtl"
-DTYPES: Mapping[str, str] = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "U64": "<u8", "U8": "|u1"}
+DTYPES: Mapping[str, str] = {
+    "F32": "<f4", "F64": "<f8", "I8": "|i1", "I32": "<i4", "I64": "<i8", "U64": "<u8", "U8": "|u1"
+}  # fmt: skip
 HEAD = "head."
 """Before the names of a head's tensors."""
+CORRECTION = "correction."
+"""Before the names of what is added to the head's gradients."""
+SGD = LocalTraining(1, 1, 0.1)
+OPTIONS: Mapping[str, Any] = {
+    "statistics": Statistics(),
+    "compression": Compression("top_k"),
+}
+"""What a plan may have besides: one of each, for its fields and their types."""
 METRICS = tuple(ClientMetrics.__dataclass_fields__)
 MAX_TENSORS, MAX_AXES, MAX_HEADER = 64, 8, 2**22
 
@@ -156,17 +170,59 @@ def _refuse(what: str, got: object = None, allowed: object = None) -> NoReturn:
 
 
 def train_request(plan: RoundPlan, head: Head) -> tuple[dict[str, Any], Tensors]:
-    """Facts and tensors that ask for local training; read by ``read_plan``."""
-    facts = {"round": plan.round, "training": asdict(plan.training)}
-    return facts, {"clients": plan.clients, "batch_keys": plan.batch_keys, **_sent(head)}
+    """Facts and tensors that ask clients to do a round's task; read by ``read_plan``."""
+    facts = {
+        "round": plan.round,
+        "task": plan.task,
+        "training": asdict(plan.training),
+        "reports": list(plan.reports),
+        **{name: asdict(own) for name in OPTIONS if (own := getattr(plan, name)) is not None},
+    }
+    corrections = {CORRECTION + name: tensor for name, tensor in plan.corrections.items()}
+    columns = {"clients": plan.clients, "batch_keys": plan.batch_keys}
+    return facts, {**columns, **corrections, **_sent(head)}
 
 
 def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, Head]:
-    """The plan and the head of a request for training."""
+    """The plan and the head of a request for a round's task."""
     clients = _vector(tensors, "clients", np.int64)
     keys = _vector(tensors, "batch_keys", np.uint64, len(clients))
-    plan = RoundPlan(whole(facts, "round"), clients, keys, _training(facts.get("training")))
-    return plan, read_head(tensors)
+    task: Any = facts.get("task")
+    reports = facts.get("reports")
+    if task not in get_args(Task):
+        _refuse("it asks for an unknown task")
+    if not isinstance(reports, list) or not set(map(str, reports)) <= set(get_args(Report)):
+        _refuse("it asks for an unknown report")
+    head = read_head(tensors)
+    plan = RoundPlan(
+        whole(facts, "round"),
+        clients,
+        keys,
+        _record(facts.get("training"), "training", SGD),
+        task=task,
+        corrections=_corrections(tensors, head, len(clients)),
+        reports=tuple(reports),
+        **{
+            name: _record(facts[name], name, like)
+            for name, like in OPTIONS.items()
+            if name in facts
+        },
+    )
+    if task == "statistics" and plan.statistics is None:
+        _refuse("it does not say which statistics")
+    if plan.compression is not None and plan.compression.kind not in get_args(Packing):
+        _refuse("it asks for an unknown compression")
+    return plan, head
+
+
+def _corrections(tensors: Tensors, head: Head, num_clients: int) -> dict[str, Float32]:
+    """What is added to the gradients, none or for every tensor of the head."""
+    found = {n.removeprefix(CORRECTION): t for n, t in tensors.items() if n.startswith(CORRECTION)}
+    for name, tensor in found.items():
+        shape = (num_clients, *head[name].shape) if name in head else None
+        if tensor.dtype != np.float32 or tensor.shape != shape or len(found) != len(head):
+            _refuse("its corrections do not fit the head")
+    return found
 
 
 def updates_reply(updates: ClientUpdates) -> tuple[dict[str, Any], Tensors]:
@@ -219,7 +275,7 @@ def read_alone(facts: Mapping[str, Any], tensors: Tensors) -> tuple[list[RoundPl
     if keys is None or keys.dtype != np.uint64 or keys.shape != (len(trainings), len(clients)):
         _refuse("it has no batch keys for every round and client")
     plans = [
-        RoundPlan(round, clients, keys[round - 1], _training(training))
+        RoundPlan(round, clients, keys[round - 1], _record(training, "training", SGD))
         for round, training in enumerate(trainings, 1)
     ]
     return plans, read_head(tensors)
@@ -252,9 +308,9 @@ def read_metrics(clients: Int64, num_classes: int, tests: Int64, tensors: Tensor
     return ClientMetrics(answered, loss, correct, count)
 
 
-def reply_bytes(head: Head, num_clients: int, num_classes: int) -> int:
-    """What an honest reply about so many clients has at most, updates or metrics."""
-    return num_clients * (head_bytes(head) + 16 * num_classes + 64) + 2**16
+def reply_bytes(num_clients: int, num_bytes: int) -> int:
+    """What an honest reply about so many clients has at most, ``num_bytes`` for each."""
+    return num_clients * (num_bytes + 64) + 2**16
 
 
 def read_head(tensors: Tensors) -> dict[str, Float32]:
@@ -288,9 +344,13 @@ def _vector(
     return values
 
 
-def _training(content: Any) -> LocalTraining:
-    """Hyper-parameters, each of its own type; how large they may be is the kernel's to say."""
-    kinds = {name: type(value) for name, value in vars(LocalTraining(1, 1, 0.1)).items()}
+def _record(content: Any, name: str, like: Any) -> Any:
+    """One of fedtl's records, each field of its own type; what is too large is the kernel's to say.
+
+    Args:
+        like: a record of the same kind.
+    """
+    kinds = {field: type(value) for field, value in vars(like).items()}
     if not isinstance(content, dict) or {n: type(v) for n, v in content.items()} != kinds:
-        _refuse("it has no proper training")
-    return LocalTraining(**content)
+        _refuse(f"it has no proper {name}")
+    return type(like)(**content)

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fedtl.errors import EnvironmentFault, InputError, Problem, ScenarioError, nearest
-from fedtl.scenario import schema, strategies
+from fedtl.scenario import strategies
 from fedtl.scenario.compatibility import find_conflicts
 from fedtl.scenario.schema import Scenario
 
@@ -104,7 +104,7 @@ def validate(raw: Mapping[str, Any], source: str, origin: Mapping[str, str]) -> 
     problems: list[Problem] = []
     content = copy.deepcopy(dict(raw))
     if isinstance(content.get("strategy"), dict):
-        content["strategy"].setdefault("name", schema.FedAvg().name)
+        content["strategy"].setdefault("name", strategies.FedAvg().name)
     for _ in range(8):  # each pass takes out what is wrong; more layers than these do not exist
         try:
             scenario = Scenario.model_validate(content)
@@ -305,7 +305,7 @@ def _siblings(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         if path[0] == "strategy":
             given = raw.get("strategy")
             name = given.get("name") if isinstance(given, dict) else None
-            model = _strategy_models().get(str(name), schema.FedAvg)
+            model = _strategy_models().get(str(name), strategies.FedAvg)
         else:
             annotation = Scenario.model_fields[path[0]].annotation
             model = annotation if isinstance(annotation, type) else None
@@ -315,7 +315,7 @@ def _siblings(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
 
 def _strategy_models() -> dict[str, type[BaseModel]]:
     """Strategy names and their tables, read off the schema itself."""
-    content = TypeAdapter(schema.Strategy).json_schema()
+    content = TypeAdapter(strategies.Strategy).json_schema()
     mapping: dict[str, str] = content["discriminator"]["mapping"]
     return {name: getattr(strategies, ref.rsplit("/", 1)[1]) for name, ref in mapping.items()}
 

@@ -120,7 +120,7 @@ class Head(Section):
         default=[128], description="mlp: widths of the hidden layers"
     )
     initial: Literal["zeros", "fed3r"] = Field(
-        "zeros", description="fed3r: a closed-form head, made in round 1, that the others start from"
+        "zeros", description="fed3r: round 1 makes a closed-form head to start from"
     )
 
 
@@ -173,7 +173,10 @@ class Validation(Section):
 class Evaluation(Section):
     """What the heads are compared with and how often they are judged."""
 
-    references: list[Literal["local_only", "centralised", "ridge"]] = ["local_only", "centralised"]
+    references: list[Literal["local_only", "centralised", "ridge"]] = Field(
+        ["local_only", "centralised"],
+        description="each client alone; the pooled optimum; the pooled ridge head",
+    )
     every: Count = Field(1, description="rounds between evaluations; the last is always judged")
     fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
     reference_clients: Count = Field(

@@ -7,6 +7,7 @@ here a bad update is refused by name and the round goes on with the others.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
 import numpy as np
 
@@ -100,9 +101,9 @@ def _merge(blocks: list[ClientUpdates], plan: RoundPlan, expected: Shapes) -> Cl
     clients = np.concatenate([b.clients for b in blocks] or [np.empty(0, np.int64)])
     order = np.argsort(clients)
     tensors = {
-        name: np.concatenate(
-            [b.tensors[name] for b in blocks] or [np.empty((0, *shape), dtype)]
-        )[order]
+        name: np.concatenate([b.tensors[name] for b in blocks] or [np.empty((0, *shape), dtype)])[
+            order
+        ]
         for name, (shape, dtype) in expected.items()
     }
     examples = np.concatenate([b.num_examples for b in blocks] or [np.empty(0, np.int64)])
@@ -156,7 +157,9 @@ def _squares(
     with np.errstate(all="ignore"):  # values that overflow are exactly what is looked for
         for name, tensor in updates.tensors.items():
             moved = plan.task == "train" and name in head
-            delta = (tensor - head[name] if moved else tensor).reshape(count, -1)
+            delta = (tensor - head[name] if moved else tensor).reshape(
+                count, prod(tensor.shape[1:])
+            )
             if delta.dtype == np.float32 or delta.dtype.kind in "iu":
                 # float64 cannot overflow on squares of float32: a sum is finite if its terms are
                 own = np.einsum("kp,kp->k", delta, delta, dtype=np.float64)

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from fedtl.strategies import STRATEGIES
+from fedtl.scenario.load import strategy_names
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import STRATEGIES, make_strategy
 
 HEAD = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
 
@@ -80,3 +82,20 @@ def test_all_share_fedavgs_fixed_points(strategy, updates) -> None:
     for _ in range(3):
         state = strategy.step(state, balanced)
     np.testing.assert_allclose(state.head["weight"], HEAD["weight"], atol=1e-6)
+
+
+REQUIRED = {"fltrust": {"root": 0}, "flower": {"class_": "FedAvg"}}
+"""What must be said besides the name."""
+
+
+def test_every_name_a_scenario_knows_can_be_built() -> None:
+    assert set(strategy_names()) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_defaults_of_schema_and_class_agree(name: str) -> None:
+    written = {"fltrust": {"root": "a"}, "flower": {"class": "FedAvg"}}.get(name, {})
+    scenario = Scenario.model_validate({"name": "x", "strategy": {"name": name, **written}})
+    plain = STRATEGIES[name](**REQUIRED.get(name, {}))
+    seed = getattr(plain, "seed", 0)
+    assert make_strategy(scenario.strategy, ("a",), seed) == plain

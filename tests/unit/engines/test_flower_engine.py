@@ -163,7 +163,7 @@ LIES = {
     "future round": (lambda f, t: ({**f, "round": 4}, t), [0, 3], "answers another round"),
     "other run": (lambda f, t: ({**f, "run": "0" * 32}, t), [0, 3], "answers another run"),
     "old nonce": (lambda f, t: ({**f, "nonce": "0" * 32}, t), [0, 3], "answers another nonce"),
-    "other protocol": (lambda f, t: ({**f, "protocol": 2}, t), [0, 3], "another protocol"),
+    "other protocol": (lambda f, t: ({**f, "protocol": 1}, t), [0, 3], "another protocol"),
     "for others": (changed("clients", lambda c: c + 1), [0, 3], "other clients"),
     "in another order": (changed("clients", lambda c: c[::-1]), [0, 3], "other clients"),
     "garbage": (lambda f, t: b"\x80\x04\x95 not ours", [0, 3], "malformed"),

@@ -15,7 +15,7 @@ from fedtl.engines import LocalEngine, hosting
 from fedtl.engines.ray_actor import in_memory, refuse_others
 from fedtl.engines.ray_workers import RayEngine, room
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import ClientMetrics, LocalTraining, Population, RoundPlan
+from fedtl.types import ClientMetrics, LocalTraining, Population, RoundPlan, head_bytes
 
 # Ray leaves it to the garbage collector to close what its processes write to.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
@@ -214,14 +214,14 @@ def test_no_room_is_told(free, asked, told: str) -> None:
 def test_blocks_are_even_and_their_replies_bounded(population) -> None:
     engine = RayEngine(population)
     engine._size = 2
-    sizes = [len(block) for block in engine._blocks(np.arange(200), HEAD)]
+    sizes = [len(block) for block in engine._blocks(np.arange(200), head_bytes(HEAD))]
     assert sizes == [25] * 8
-    assert max(len(block) for block in engine._blocks(np.arange(10_000), HEAD)) == 256
+    assert max(len(block) for block in engine._blocks(np.arange(10_000), head_bytes(HEAD))) == 256
     large = {"weight": np.zeros((10, 2**20), np.float32)}  # 40 MiB each
-    assert {len(block) for block in engine._blocks(np.arange(200), large)} == {1}
-    assert engine._blocks(np.arange(0), HEAD) == []
+    assert {len(block) for block in engine._blocks(np.arange(200), head_bytes(large))} == {1}
+    assert engine._blocks(np.arange(0), head_bytes(HEAD)) == []
     engine.block_size = 7
-    assert [len(block) for block in engine._blocks(np.arange(16), HEAD)] == [7, 7, 2]
+    assert [len(block) for block in engine._blocks(np.arange(16), head_bytes(HEAD))] == [7, 7, 2]
 
 
 def test_other_versions_on_a_machine_of_the_cluster_are_refused() -> None:

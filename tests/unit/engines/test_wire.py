@@ -6,6 +6,7 @@ import json
 import math
 import tracemalloc
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from fedtl.engines import wire
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import InputError
-from fedtl.types import ClientMetrics, ClientUpdates, LocalTraining, RoundPlan
+from fedtl.types import (
+    ClientMetrics,
+    ClientUpdates,
+    Compression,
+    LocalTraining,
+    RoundPlan,
+    Statistics,
+    head_bytes,
+)
 
 FACTS = {"round": 3, "rate": 0.1, "name": "Müller <b>", "list": [1, None, True, {"a": "b"}]}
 TENSORS = {
@@ -256,12 +265,53 @@ def test_alone_arrives_with_every_rounds_keys() -> None:
         wire.read_alone({}, tensors)
 
 
+def test_all_that_a_plan_may_hold_travels() -> None:
+    corrections = {name: np.repeat(t[None] + 1, 2, axis=0) for name, t in HEAD.items()}
+    sent = replace(
+        plan(),
+        task="statistics",
+        corrections=corrections,
+        reports=("start_loss", "start_gradient"),
+        statistics=Statistics(random_features=5, scale=0.5, key=2**40),
+        compression=Compression("sign", 0.5, False),
+    )
+    got, _ = wire.read_plan(*travelled(wire.train_request(sent, HEAD)))
+    for name in ("task", "reports", "statistics", "compression"):
+        assert getattr(got, name) == getattr(sent, name)
+    for name in HEAD:
+        assert got.corrections[name].tobytes() == corrections[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"task": "shell"},
+        {"task": "statistics"},
+        {"reports": ["features"]},
+        {"reports": "start_loss"},
+        {"statistics": {"gram": True}},
+        {"compression": {"kind": "zip", "fraction": 0.1, "error_feedback": True}},
+    ],
+)
+def test_a_task_that_nobody_knows_is_refused(wrong: dict[str, object]) -> None:
+    facts, tensors = wire.train_request(plan(), HEAD)
+    with pytest.raises(InputError, match="malformed"):
+        wire.read_plan({**facts, **wrong}, tensors)
+
+
+def test_corrections_of_another_form_are_refused() -> None:
+    facts, tensors = wire.train_request(plan(), HEAD)
+    odd = {"correction.weight": np.zeros((2, 9), np.float32)}
+    with pytest.raises(InputError, match="corrections"):
+        wire.read_plan(facts, {**tensors, **odd})
+
+
 def test_an_honest_reply_is_within_its_limit() -> None:
     stacked = {name: np.repeat(t[None], 50, axis=0) for name, t in HEAD.items()}
     ids = np.arange(50)
     updates = ClientUpdates(7, ids, stacked, ids, np.zeros(50))
     counts = np.zeros((50, 2), np.int64)
     metrics = ClientMetrics(ids, np.zeros(50), counts, counts)
-    limit = wire.reply_bytes(HEAD, 50, 2)
+    limit = wire.reply_bytes(50, head_bytes(HEAD))
     assert len(pack(*wire.updates_reply(updates))) < limit
     assert len(pack(*wire.metrics_reply(metrics))) < limit

@@ -95,12 +95,3 @@ def test_adaptive_methods_follow_their_equations(kind, accumulate, three) -> Non
         head = {n: (head[n] + 0.1 * m[n] / (np.sqrt(v[n]) + 1e-3)).astype(np.float32) for n in head}
     for name in head:
         np.testing.assert_allclose(state.head[name], head[name], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", list(STRATEGIES))
-def test_defaults_of_schema_and_class_agree(name: str) -> None:
-    from fedtl.scenario import schema
-    from fedtl.strategies import make_strategy
-
-    section = schema.Scenario.model_validate({"name": "x", "strategy": {"name": name}}).strategy
-    assert make_strategy(section) == STRATEGIES[name]()
