@@ -132,12 +132,17 @@ class Population:
         return ClientData(self.features[rows], self.labels[rows], self.domains[client])
 
 
+Layers = Literal["all", "hidden", "last"]
+"""Which layers of a head are trained; a linear head has only the last."""
+
+
 @dataclass(frozen=True)
 class LocalTraining:
     """What a client does with the head in one round; the same for every client of the round.
 
     ``proximal`` is FedProx's mu: the gradient gains mu * (w - w_round_start). The weight-decay
-    term is ``weight_decay * w`` on weights and biases alike, as torch.optim.SGD has it.
+    term is ``weight_decay * w`` on weights and biases alike, as torch.optim.SGD has it. ``layers``
+    that are not trained stay as they are, bit for bit.
     """
 
     epochs: int
@@ -146,6 +151,7 @@ class LocalTraining:
     momentum: float = 0.0
     weight_decay: float = 0.0
     proximal: float = 0.0
+    layers: Layers = "all"
 
 
 Task = Literal["train", "gradient", "statistics"]
@@ -200,6 +206,51 @@ class Compression:
     error_feedback: bool = True
 
 
+Personalisation = Literal[
+    "finetune",
+    "partial",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "pfedme",
+    "apfl",
+    "knnper",
+    "ridge",
+    "prior",
+]
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What a client has of its own beside the shared head, see ``clients.personal``.
+
+    Nothing of it leaves the client. A field that the method does not use is left at its default.
+
+    Attributes:
+        method: how the client's own head, or prediction, comes about.
+        local: names of the head's tensors that stay with the client and are never sent.
+        strength: lambda of ditto and pfedme.
+        epochs: of the client's own training.
+        inner_steps: pfedme's K.
+        alpha: apfl's share of the client's own head.
+        adaptive: whether apfl's alpha follows its gradient.
+        neighbours, scale: knnper's.
+        choices: among which the client chooses (knnper's lambdas, ridge's rhos), or the log-prior
+            of every class that "prior" replaces.
+    """
+
+    method: Personalisation
+    local: tuple[str, ...] = ()
+    strength: float = 0.0
+    epochs: int = 0
+    inner_steps: int = 0
+    alpha: float = 0.5
+    adaptive: bool = False
+    neighbours: int = 0
+    scale: float = 1.0
+    choices: tuple[float, ...] = ()
+
+
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Tensors by name, with shape and type."""
 
@@ -220,6 +271,7 @@ class RoundPlan:
         reports: what training clients say besides their head.
         statistics: what is summed, for the task "statistics".
         compression: how updates are packed, None for as they are.
+        personal: what clients do for themselves in the round, None for nothing.
     """
 
     round: int
@@ -232,6 +284,7 @@ class RoundPlan:
     reports: tuple[Report, ...] = ()
     statistics: Statistics | None = None
     compression: Compression | None = None
+    personal: Personal | None = None
 
     def part(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> RoundPlan:
         """The plan for some of its clients: their places (or a mask) among ``clients``."""
@@ -248,6 +301,8 @@ class RoundPlan:
 
     def reply(self, head: Head) -> Shapes:
         """The tensors that each client answers with, for a head of this form."""
+        local = self.personal.local if self.personal is not None else ()
+        head = {name: tensor for name, tensor in head.items() if name not in local}
         own: Shapes = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in head.items()}
         if self.task == "gradient":
             return {name: (shape, np.dtype(np.float64)) for name, (shape, _) in own.items()}

@@ -23,8 +23,11 @@ from fedtl.types import (
     Float32,
     Head,
     Int64,
+    Layers,
     LocalTraining,
     Packing,
+    Personal,
+    Personalisation,
     Report,
     RoundPlan,
     Statistics,
@@ -59,6 +62,7 @@ SGD = LocalTraining(1, 1, 0.1)
 OPTIONS: Mapping[str, Any] = {
     "statistics": Statistics(),
     "compression": Compression("top_k"),
+    "personal": Personal("finetune"),
 }
 """What a plan may have besides: one of each, for its fields and their types."""
 METRICS = tuple(ClientMetrics.__dataclass_fields__)
@@ -210,8 +214,14 @@ def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, He
     )
     if task == "statistics" and plan.statistics is None:
         _refuse("it does not say which statistics")
-    if plan.compression is not None and plan.compression.kind not in get_args(Packing):
-        _refuse("it asks for an unknown compression")
+    named = (
+        (plan.compression and plan.compression.kind, Packing),
+        (plan.personal and plan.personal.method, Personalisation),
+        (plan.training.layers, Layers),
+    )
+    for given, known in named:
+        if given is not None and given not in get_args(known):
+            _refuse("it asks for something unknown", given, ", ".join(get_args(known)))
     return plan, head
 
 
@@ -350,7 +360,8 @@ def _record(content: Any, name: str, like: Any) -> Any:
     Args:
         like: a record of the same kind.
     """
-    kinds = {field: type(value) for field, value in vars(like).items()}
+    kinds = {f: list if type(v) is tuple else type(v) for f, v in vars(like).items()}
     if not isinstance(content, dict) or {n: type(v) for n, v in content.items()} != kinds:
         _refuse(f"it has no proper {name}")
-    return type(like)(**content)
+    lists = {field: tuple(value) for field, value in content.items() if isinstance(value, list)}
+    return type(like)(**{**content, **lists})

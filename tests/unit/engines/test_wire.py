@@ -21,6 +21,7 @@ from fedtl.types import (
     ClientUpdates,
     Compression,
     LocalTraining,
+    Personal,
     RoundPlan,
     Statistics,
     head_bytes,
@@ -274,9 +275,10 @@ def test_all_that_a_plan_may_hold_travels() -> None:
         reports=("start_loss", "start_gradient"),
         statistics=Statistics(random_features=5, scale=0.5, key=2**40),
         compression=Compression("sign", 0.5, False),
+        personal=Personal("knnper", ("bias",), 0.5, choices=(0.0, 0.25)),
     )
     got, _ = wire.read_plan(*travelled(wire.train_request(sent, HEAD)))
-    for name in ("task", "reports", "statistics", "compression"):
+    for name in ("task", "reports", "statistics", "compression", "personal"):
         assert getattr(got, name) == getattr(sent, name)
     for name in HEAD:
         assert got.corrections[name].tobytes() == corrections[name].tobytes()
@@ -290,6 +292,8 @@ def test_all_that_a_plan_may_hold_travels() -> None:
         {"reports": ["features"]},
         {"reports": "start_loss"},
         {"statistics": {"gram": True}},
+        {"personal": {**vars(Personal("ditto")), "method": "upload", "local": [], "choices": []}},
+        {"training": {**vars(LocalTraining(1, 1, 0.1)), "layers": "first"}},
         {"compression": {"kind": "zip", "fraction": 0.1, "error_feedback": True}},
     ],
 )
