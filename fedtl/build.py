@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl import machine
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.data.clients import ClientSplit, split_clients
 from fedtl.data.examples import Examples
 from fedtl.data.leakage import LeakReport, check_leaks, content_hashes, find_leaks
@@ -37,25 +38,26 @@ ExtractionProgress = Callable[[int, int], None]
 """Called with images done and images in all."""
 
 
-def _ray(scenario: Scenario, population: Population) -> Engine:
+def _local(scenario: Scenario, population: Population, store: PersonalStore | None) -> Engine:
+    threads, device = allowed_threads(scenario), resolve_device(scenario)
+    return LocalEngine(population, threads, device, scenario.engine.block_size, store)
+
+
+def _ray(scenario: Scenario, population: Population, store: PersonalStore | None) -> Engine:
     from fedtl.engines.ray_workers import RayEngine
 
-    return RayEngine(population, **_workers(scenario))
+    return RayEngine(population, store=store, **_workers(scenario))
 
 
-def _flower(scenario: Scenario, population: Population) -> Engine:
+def _flower(scenario: Scenario, population: Population, store: PersonalStore | None) -> Engine:
     from fedtl.engines.flower_simulation import flower_engine
 
-    return flower_engine(population, num_nodes=scenario.engine.num_nodes, **_workers(scenario))
+    num_nodes = scenario.engine.num_nodes
+    return flower_engine(population, num_nodes=num_nodes, store=store, **_workers(scenario))
 
 
-ENGINES: dict[str, Callable[[Scenario, Population], Engine]] = {
-    "local": lambda scenario, population: LocalEngine(
-        population,
-        allowed_threads(scenario),
-        resolve_device(scenario),
-        scenario.engine.block_size,
-    ),
+ENGINES: dict[str, Callable[[Scenario, Population, PersonalStore | None], Engine]] = {
+    "local": _local,
     "ray": _ray,
     "flower": _flower,
 }
@@ -219,8 +221,15 @@ def population_of(features: ReadyFeatures) -> Population:
     )
 
 
-def make_federation(opened: OpenedData, progress: ExtractionProgress | None = None) -> Built:
+def make_federation(
+    opened: OpenedData,
+    progress: ExtractionProgress | None = None,
+    store: PersonalStore | None = None,
+) -> Built:
     """Features, population, head, strategy and engine of a scenario.
+
+    Args:
+        store: where simulated clients keep what is theirs from round to round.
 
     Raises:
         InputError: unreadable images, or the same image where it must not be.
@@ -247,7 +256,7 @@ def make_federation(opened: OpenedData, progress: ExtractionProgress | None = No
         population.roster(),
         head,
         make_strategy(scenario.strategy, population.names, scenario.seed),
-        ENGINES[scenario.engine.kind](scenario, population),
+        ENGINES[scenario.engine.kind](scenario, population, store),
         identity,
     )
     return Built(

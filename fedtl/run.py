@@ -20,6 +20,7 @@ from fedtl.build import (
     open_data,
     resolve_device,
 )
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Judge, Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.evaluation import references
@@ -30,6 +31,9 @@ from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.types import Head
+
+PERSONAL = "personal"
+"""Folder of a run in which its simulated clients keep what is theirs."""
 
 
 class Observer(conduct.Observer, Protocol):
@@ -126,7 +130,8 @@ def _carry_on(
         observer.extracting(done, total)
         interrupts.check("interrupted while images went through the trunk")
 
-    prepared = _prepare(opened, make_federation(opened, progress))
+    store = PersonalStore(folder.path / PERSONAL)
+    prepared = _prepare(opened, make_federation(opened, progress, store))
     return conduct.conduct(prepared, folder, observer, interrupts, started, allow_changes)
 
 

@@ -6,6 +6,7 @@ what the machine is. Paths, file names and values are in no reply and in no erro
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from fedtl import machine
 from fedtl.build import resolve_device
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.data.examples import Examples
 from fedtl.deployment.backbone_transfer import (
     FILE,
@@ -58,6 +60,7 @@ class PrivateHost:
         threads: for features; default all cores the machine allows.
         device: "auto", "cpu" or "cuda".
         tell: takes lines for the client's own terminal; default the log.
+        keeps: folder for what the client has of its own from round to round; None for nothing.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class PrivateHost:
         threads: int | None = None,
         device: str = "auto",
         tell: Callable[[str], None] | None = None,
+        keeps: Path | None = None,
     ) -> None:
+        self._keeps = keeps
         self.name, self._data = check_name(name), data
         self._tell = tell or logging.getLogger("fedtl").warning
         self._engine = schema.Engine.model_validate({"threads": threads, "device": device})
@@ -169,6 +174,13 @@ class PrivateHost:
             raise NotPrepared("this client has no data ready: it was not asked to prepare")
         return self._ready.population
 
+    def store(self) -> PersonalStore | None:
+        """A folder for each scenario, so that a resumed run finds what it left."""
+        if self._keeps is None:
+            return None
+        name = hashlib.blake2b(self._joined().terms.encode(), digest_size=8).hexdigest()
+        return PersonalStore(self._keeps / name)
+
     def ids(self, clients: Int64) -> Int64:
         """Row 0, whatever the client's number in the federation; int64 [1]."""
         if len(clients) != 1:
@@ -215,7 +227,8 @@ class PrivateHost:
             )
         except ValidationError as error:
             raise InputError("the server's terms are none that fedtl knows") from error
-        return Session(str(facts.get("run", "")), scenario, announced)
+        terms = str(facts.get("scenario_hash", ""))
+        return Session(str(facts.get("run", "")), scenario, announced, terms)
 
     def _look_for_backbone(self, session: Session) -> bool:
         """Whether the server's backbone can be opened here; refuses one that differs."""

@@ -22,6 +22,8 @@ from fedtl.scenario import schema
 from fedtl.terminal import shown, size
 
 AUDIT = ".audit.jsonl"
+OWN = ".personal"
+"""After a client's name: the folder of what it keeps from round to round."""
 
 LEAVES = """\
 What leaves this machine, to {address} only:
@@ -87,7 +89,9 @@ def take_part(
             where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
             tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")
 
-        with closing(PrivateHost(name, data, device=device, tell=tell)) as host:
+        with closing(
+            PrivateHost(name, data, device=device, tell=tell, keeps=folder / (name + OWN))
+        ) as host:
             node = Node(
                 host,
                 threads=machine.allowed_cores(),

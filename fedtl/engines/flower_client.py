@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.engines.exchange import Facts
 from fedtl.engines.hosting import open_population
 from fedtl.engines.node import Node
@@ -46,10 +47,14 @@ class SimulatedHost:
     Args:
         folder: what ``hosting.save_population`` wrote.
         partition, num_nodes: this node's number and how many there are.
+        store: where simulated clients keep what is theirs.
     """
 
-    def __init__(self, folder: Path, partition: int, num_nodes: int) -> None:
+    def __init__(
+        self, folder: Path, partition: int, num_nodes: int, store: PersonalStore | None = None
+    ) -> None:
         self._folder, self._partition, self._num_nodes = folder, partition, num_nodes
+        self._store = store
 
     def join(self, facts: Facts) -> Facts:
         """Which share of the clients is here, and on what."""
@@ -73,6 +78,10 @@ class SimulatedHost:
     def population(self) -> Population:
         """Everybody's; opened once in a process."""
         return open_population(self._folder)
+
+    def store(self) -> PersonalStore | None:
+        """The run's."""
+        return self._store
 
     def ids(self, clients: Int64) -> Int64:
         """The ids themselves, if all of them are hosted here."""
@@ -100,7 +109,9 @@ def simulated_node(message: Message, context: Context) -> Node:
     if not isinstance(setting, ConfigRecord):
         raise InputError("a malformed message: it does not say where the simulated clients are")
     block_size = int(str(setting["block_size"])) or None
-    host = SimulatedHost(Path(str(setting["folder"])), partition, num_nodes)
+    kept = str(setting["store"])
+    store = PersonalStore(Path(kept)) if kept else None
+    host = SimulatedHost(Path(str(setting["folder"])), partition, num_nodes, store)
     return Node(host, 1, str(setting["device"]), block_size, discreet=False)
 
 

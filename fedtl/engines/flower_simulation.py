@@ -22,6 +22,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.engines import ray_cluster
 from fedtl.engines.flower_client import app as client_app
 from fedtl.engines.flower_engine import FlowerEngine, Seats
@@ -64,6 +65,7 @@ def flower_engine(
     device: str = "cpu",
     block_size: int | None = None,
     deadline_seconds: float | None = None,
+    store: PersonalStore | None = None,
     app: ClientApp = client_app,
 ) -> FlowerEngine:
     """An engine whose clients are hosted by simulated Flower nodes; ``start`` starts them.
@@ -76,6 +78,7 @@ def flower_engine(
         num_cpus, num_gpus: workers, one CPU each, and GPUs of each worker (may be a fraction).
         device, block_size: how the kernel runs in the workers.
         deadline_seconds: see FlowerEngine.
+        store: where clients keep what is theirs; every worker must reach its folder.
         app: what the nodes run; tests change it.
     """
     grid = GIVEN.get()
@@ -85,7 +88,8 @@ def flower_engine(
         if grid is None
         else Elsewhere(grid)
     )
-    setting = {"device": device, "block_size": block_size or 0}
+    kept = str(store.folder.absolute()) if store is not None else ""
+    setting = {"device": device, "block_size": block_size or 0, "store": kept}
     people = SimulatedNodes(population, simulation, setting)
     return FlowerEngine(
         people.exchange,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedtl.clients.evaluation import evaluate_clients, evaluate_own
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
 from fedtl.engines.exchange import ECHOED
@@ -59,6 +60,10 @@ class Host(Protocol):
 
     def population(self) -> Population:
         """The data of the clients hosted here. Raises NotPrepared."""
+        ...
+
+    def store(self) -> PersonalStore | None:
+        """Where the clients hosted here keep what is theirs; None where nothing can be kept."""
         ...
 
     def ids(self, clients: Int64) -> Int64:
@@ -206,6 +211,7 @@ class Node:
             threads=self.threads,
             device=self.device,
             block_size=self.block_size,
+            store=self.host.store(),
         )
         failpoint("client_after_train", plan.round)
         return updates_reply(replace(updates, clients=plan.clients))

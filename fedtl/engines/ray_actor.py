@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtl import machine
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.engines.hosting import open_population
 from fedtl.engines.local import LocalEngine
 from fedtl.errors import EnvironmentFault
@@ -24,16 +25,19 @@ class Worker:
     Args:
         source: the population, or the folder where ``save_population`` wrote it.
         device: "cpu" or "cuda".
+        store: where clients keep what is theirs.
     """
 
-    def __init__(self, source: Population | Path, device: str) -> None:
-        self._source, self._device = source, device
+    def __init__(
+        self, source: Population | Path, device: str, store: PersonalStore | None = None
+    ) -> None:
+        self._source, self._device, self._store = source, device, store
 
     @cached_property
     def _engine(self) -> LocalEngine:
         source = self._source
         population = open_population(source) if isinstance(source, Path) else source
-        return LocalEngine(population, 1, self._device)
+        return LocalEngine(population, 1, self._device, store=self._store)
 
     def load(self, head: Head) -> dict[str, str]:
         """Open the data and compile the kernel; the versions in use."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.engines import ray_cluster
 from fedtl.engines.hosting import save_population, scratch_folder
 from fedtl.engines.ray_actor import Worker, in_memory, refuse_others
@@ -70,6 +71,7 @@ class RayEngine:
         device: "cpu" or "cuda".
         block_size: clients in a block; None divides evenly.
         deadline_seconds: a round closes then without the blocks that are missing; None for never.
+        store: where clients keep what is theirs; every worker must reach its folder.
     """
 
     population: Population
@@ -79,6 +81,7 @@ class RayEngine:
     device: str = "cpu"
     block_size: int | None = None
     deadline_seconds: float | None = None
+    store: PersonalStore | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
     _cluster: ray_cluster.Cluster | None = None
     _make: Callable[[], tuple[Actor, Any]] | None = None
@@ -154,7 +157,7 @@ class RayEngine:
         kind = kind.options(num_cpus=1, num_gpus=share, max_restarts=0)
 
         def make() -> tuple[Actor, Any]:
-            actor = kind.remote(source, self.device)
+            actor = kind.remote(source, self.device, self.store)
             return actor, actor.load.remote(dict(head))
 
         return make

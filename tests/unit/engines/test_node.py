@@ -49,6 +49,9 @@ class OneClientHere:
             raise NotPrepared("this client was restarted")
         return self._own
 
+    def store(self):
+        return None
+
     def ids(self, clients):
         if clients.tolist() != [3]:
             raise InputError("not hosted here")

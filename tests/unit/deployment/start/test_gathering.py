@@ -93,6 +93,9 @@ class Actor:
     def population(self) -> Any:
         raise AssertionError
 
+    def store(self) -> None:
+        return None
+
     def ids(self, clients: Any) -> Any:
         raise AssertionError
 
