@@ -255,7 +255,7 @@ def make_federation(
         scenario,
         population.roster(),
         head,
-        make_strategy(scenario.strategy, population.names, scenario.seed),
+        make_strategy(scenario, population.names),
         ENGINES[scenario.engine.kind](scenario, population, store),
         identity,
     )

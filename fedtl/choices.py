@@ -24,7 +24,7 @@ def choices() -> dict[str, list[str]]:
         "schedules": _literal(schema.Training, "schedule"),
         "strategies": strategy_names(),
         "engines": _literal(schema.Engine, "kind"),
-        "references": ["local_only", "centralised"],
+        "references": ["local_only", "centralised", "ridge"],
     }
 
 

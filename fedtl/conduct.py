@@ -14,6 +14,7 @@ import numpy as np
 
 from fedtl import machine
 from fedtl.build import allowed_threads, resolve_device
+from fedtl.checkpoints import Progress
 from fedtl.errors import FedtlError
 from fedtl.evaluation.metrics import client_rows
 from fedtl.evaluation.references import Judgement, beside
@@ -21,7 +22,7 @@ from fedtl.evaluation.verdicts import Verdict, give_verdict
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.results.runs import RunFolder
-from fedtl.rounds import Federation, Progress, run_rounds
+from fedtl.rounds import Federation, run_rounds
 from fedtl.types import ClientUpdates, Head
 
 

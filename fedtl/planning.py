@@ -14,10 +14,19 @@ from dataclasses import replace
 import numpy as np
 
 from fedtl import seeding
+from fedtl.clients.attacks import liars
 from fedtl.errors import client_of
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining, RoundPlan
+from fedtl.types import (
+    ClientFailure,
+    ClientUpdates,
+    Compression,
+    Float64,
+    Int64,
+    LocalTraining,
+    RoundPlan,
+)
 
 
 def plan_round(
@@ -30,7 +39,12 @@ def plan_round(
     keys = seeding.client_keys(scenario.seed, "batches", round, clients)
     needed = wanted if wanted < size else None
     plan = RoundPlan(round, clients, keys, local_training(scenario, round), needed)
-    return strategy.plan(state, plan)
+    plan = strategy.plan(state, plan)
+    packing = scenario.compression
+    if packing.kind == "none" or plan.task != "train":
+        return plan
+    packed = Compression(packing.kind, packing.fraction, packing.error_feedback)
+    return replace(plan, compression=packed)
 
 
 def local_training(scenario: Scenario, round: int) -> LocalTraining:
@@ -94,6 +108,12 @@ def absent_clients(scenario: Scenario, names: tuple[str, ...], round: int) -> In
         return np.empty(0, np.int64)
     where = f"participation.absent, round {round}"
     return np.unique(np.array([client_of(name, names, where) for name in missing], np.int64))
+
+
+def liars_of(scenario: Scenario, names: tuple[str, ...]) -> Int64:
+    """Ids of the clients that lie, where the scenario has an attack."""
+    root = getattr(scenario.strategy, "root", None)
+    return liars(scenario.attack, names, scenario.seed, [root] if root else [])
 
 
 def first_answers(

@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from fedtl.checkpoints import Progress, commit_of, restore, tensors_of
+from fedtl.clients.attacks import lie
+from fedtl.clients.compression import expand
 from fedtl.engines.base import Engine
-from fedtl.errors import InputError, PolicyStop
+from fedtl.errors import PolicyStop
 from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
@@ -24,11 +27,12 @@ from fedtl.planning import (
     extend_digest,
     first_answers,
     judged_clients,
+    liars_of,
     plan_round,
 )
-from fedtl.results.commits import Commit
 from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
+from fedtl.results.statistics import keep_statistics
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy, Summing
 from fedtl.strategies.validation import accept_updates
@@ -64,28 +68,6 @@ class Federation:
     identity: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What adds up over the rounds; committed with each of them.
-
-    Attributes:
-        abandoned: rounds in a row, up to now, that missed the quorum.
-        cohorts, batches: hash chains over who trained and in which batch order, so that two runs
-            can be compared without their records.
-    """
-
-    round: int = 0
-    abandoned: int = 0
-    cohorts: str = ""
-    batches: str = ""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    client_rounds: int = 0
-    train_seconds: float = 0.0
-    rounds_bytes: int = 0
-    clients_bytes: int = 0
-
-
 RoundObserver = Callable[[Mapping[str, Any], ClientUpdates], None]
 """Called after each commit with the round's row (columns of ``results.records.ROUNDS``) and the
 accepted updates with their failures."""
@@ -114,7 +96,8 @@ def run_rounds(
     """
     for absence in federation.scenario.participation.absent:  # names, before anything is trained
         absent_clients(federation.scenario, federation.roster.names, absence.round)
-    state, progress = _restore(federation, folder, allow_changes, tell)
+    initial = federation.strategy.init(federation.head, federation.roster.num_clients)
+    state, progress = restore(initial, federation.identity, folder, allow_changes, tell)
     total = federation.scenario.rounds
     while progress.round < total and not federation.strategy.finished(state):
         started = time.perf_counter()
@@ -125,10 +108,10 @@ def run_rounds(
             state,
             progress.round + 1,
         )
-        after, updates, norms = _trained(federation, plan, state)
+        after, updates, norms = _trained(federation, folder, plan, state)
         failpoint("after_train", plan.round)
         quorum = federation.scenario.participation.quorum
-        if isinstance(federation.strategy, Summing):  # who has answered before counts no less
+        if plan.task == "statistics":  # who has answered before counts no less
             quorum = min(quorum, len(plan.clients))
         quorate = len(updates.clients) >= quorum
         if quorate:
@@ -142,7 +125,7 @@ def run_rounds(
         row["seconds"] = [seconds]
         progress = replace(progress, rounds_bytes=folder.rounds.append(row))
         failpoint("before_commit", plan.round)
-        folder.commit(_commit(federation, state, progress))
+        folder.commit(commit_of(federation.identity, state, progress))
         failpoint("after_commit", plan.round)
         observe({name: column[0] for name, column in row.items()}, updates)
         if progress.abandoned >= federation.scenario.participation.patience:
@@ -153,15 +136,15 @@ def run_rounds(
 
 
 def _trained(
-    federation: Federation, plan: RoundPlan, state: ServerState
+    federation: Federation, folder: RunFolder, plan: RoundPlan, state: ServerState
 ) -> tuple[Callable[[], ServerState], ClientUpdates, Float64]:
     """What takes the state over the round, the valid updates and their norms.
 
     Statistics come a few clients at a time and are summed at once: they are too large to be held
-    together.
+    together. Those that a strategy wants kept go to disk, one file per client.
     """
     strategy = federation.strategy
-    if not isinstance(strategy, Summing):
+    if plan.task != "statistics" or not isinstance(strategy, Summing):
         updates, norms = _answers(federation, plan, state.head)
         return lambda: strategy.step(state, updates), updates, norms
     parts: list[ClientUpdates] = []
@@ -172,7 +155,10 @@ def _trained(
         updates, _ = _answers(federation, wave, state.head)
         if len(updates.clients):
             summed = strategy.absorb(summed, updates)
+            if getattr(strategy, "keep_statistics", False):
+                keep_statistics(folder.path, updates, federation.roster.names)
         parts.append(replace(updates, tensors={}))
+        del updates  # or two waves would be held at once
     updates = _joined(plan, parts)
     return lambda: strategy.solve(summed), updates, np.full(len(updates.clients), np.nan)
 
@@ -200,8 +186,12 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
     if left := set(plan.clients.tolist()) & set(absent.tolist()):
         away = tuple(ClientFailure(client, "absent, as the scenario has it") for client in left)
         replies.append(no_updates(plan, head, away))
+    replies = [expand(reply, head, plan) for reply in replies]
+    unpacked = replace(plan, compression=None)
+    lying = liars_of(scenario, roster.names)
+    replies = lie(replies, unpacked, head, scenario.attack, lying, scenario.seed)
     updates, norms = accept_updates(
-        replies, plan, head, roster.train, scenario.validation.max_norm_ratio
+        replies, unpacked, head, roster.train, scenario.validation.max_norm_ratio
     )
     if len(updates.clients) == 0 and answered >= set(asked.clients.tolist()) and answered:
         raise PolicyStop(
@@ -227,7 +217,7 @@ def _below_quorum(federation: Federation, updates: ClientUpdates, progress: Prog
 
 def _refuse_non_finite(state: ServerState, round: int) -> None:
     """The server's own step can overflow although every update was finite."""
-    for name, tensor in _tensors(state).items():
+    for name, tensor in tensors_of(state).items():
         if not np.isfinite(tensor).all():
             raise PolicyStop(
                 f"the server's step of round {round} is not finite in {name}; "
@@ -320,75 +310,3 @@ def _training_rows(
         "update_norm": [*norms.tolist(), *absent],
         "status": [used] * len(norms) + [f"unused: {f.reason}" for f in failed],
     }
-
-
-def _tensors(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
-    """All arrays of a state, under the names they are committed by."""
-    tensors: dict[str, np.ndarray[Any, Any]] = {
-        f"head.{name}": tensor for name, tensor in state.head.items()
-    }
-    tensors.update({f"slots.{name}": tensor for name, tensor in state.slots.items()})
-    return tensors
-
-
-def _commit(federation: Federation, state: ServerState, progress: Progress) -> Commit:
-    facts = {**progress.__dict__, "identity": dict(federation.identity)}
-    return Commit(progress.round, _tensors(state), facts)
-
-
-def _restore(
-    federation: Federation,
-    folder: RunFolder,
-    allow_changes: bool,
-    tell: Callable[[str], None],
-) -> tuple[ServerState, Progress]:
-    """The newest commit's state, or the initial one, committed as round 0."""
-    commit, notes = folder.begin()
-    for note in notes:
-        folder.event("damaged_commit", note=note)
-        tell(note)
-    if commit is None and notes and not allow_changes:
-        raise InputError(
-            f"no commit of this run is whole: {'; '.join(notes)}",
-            where=folder.path,
-            do="Run the scenario anew, or resume with --allow to begin again in this folder",
-        )
-    if commit is None:
-        state = federation.strategy.init(federation.head, federation.roster.num_clients)
-        progress = Progress(
-            rounds_bytes=folder.rounds.path.stat().st_size,
-            clients_bytes=folder.clients.path.stat().st_size,
-        )
-        folder.commit(_commit(federation, state, progress))
-        return state, progress
-    if not allow_changes:
-        check_identity(commit.facts["identity"], federation.identity, str(folder.path))
-    saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
-    saved["abandoned"] = 0  # whoever resumes has a reason to hope for more answers
-    tensors = commit.tensors
-    fresh = federation.strategy.init(federation.head, federation.roster.num_clients)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    if shapes != {name: tensor.shape for name, tensor in _tensors(fresh).items()}:
-        raise InputError(
-            "the commit is of another head or strategy, nothing can go on from it",
-            where=folder.path,
-            do="Run the scenario anew",
-        )
-    head = {name: tensors[f"head.{name}"] for name in fresh.head}
-    slots = {name: tensors[f"slots.{name}"] for name in fresh.slots}
-    return ServerState(head, slots), Progress(**saved)
-
-
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuse to go on with a run under another scenario, data set or version."""
-    differences = [
-        f"{name}: was {saved.get(name)}, is {now.get(name)}"
-        for name in sorted({*saved, *now})
-        if saved.get(name) != now.get(name)
-    ]
-    if differences:
-        raise InputError(
-            "this run was begun with something else: " + "; ".join(differences),
-            where=where,
-            do="Run the scenario anew, or resume with --allow to go on all the same",
-        )

@@ -24,6 +24,7 @@ from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Judge, Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.evaluation import references
+from fedtl.evaluation.ridge import fit_ridge
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
 from fedtl.planning import judged_clients, local_training
@@ -31,6 +32,9 @@ from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.types import Head
+
+RIDGE = 0.01
+"""Of the pooled ridge head, where the strategy has none of its own."""
 
 PERSONAL = "personal"
 """Folder of a run in which its simulated clients keep what is theirs."""
@@ -194,6 +198,11 @@ def _judge(built: Built) -> Judge:
                 trainings = [local_training(scenario, r) for r in range(1, scenario.rounds + 1)]
                 found[name] = references.judge_alone(
                     place, federation.head, trainings, scenario.seed, check
+                )
+            elif name == "ridge":
+                ridge = float(getattr(scenario.strategy, "ridge", RIDGE))
+                found[name] = references.judge_shared(
+                    place, fit_ridge(population, federation.head, ridge, threads)
                 )
             else:
                 decay = scenario.training.weight_decay

@@ -277,8 +277,14 @@ class Terminal:
 def comparison_table(summary: Mapping[str, Any]) -> Table:
     """Federated beside its references, each judged at home and on everybody's examples."""
     table = plain_table("head", "own tests", "everybody's", "worst 10 %", "spread")
-    heads = {"federated": summary["final"], **summary["references"]}
-    words = {"local_only": "each client alone", "centralised": "everybody pooled"}
+    own = {"personal": summary["personal"]} if summary.get("personal") else {}
+    heads = {"federated": summary["final"], **own, **summary["references"]}
+    words = {
+        "personal": "each client's own, from it",
+        "local_only": "each client alone",
+        "centralised": "everybody pooled",
+        "ridge": "pooled ridge",
+    }
     for name, facts in heads.items():
         table.add_row(
             words.get(name, name),

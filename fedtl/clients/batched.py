@@ -207,6 +207,10 @@ def _train_group(
         if len(truth) and (truth.min() < 0 or truth.max() >= num_classes):
             raise label_error(population, client, num_classes)
     begin = [[t.clone() for t in layer] for layer in group.layers]
+    extra = None
+    if plan.corrections:
+        names = layer_names(plan.corrections)
+        extra = _Lanes(plan.corrections, names, first, stop, device).layers
     speed = [[torch.zeros_like(t) for t in layer] for layer in group.layers]
     summed = np.zeros(stop - first)
     for epoch in range(own.epochs):
@@ -235,7 +239,7 @@ def _train_group(
                 idle = [False] * (lanes - len(batches))
                 busy = [bool(len(batch)) for batch in batches] + idle
                 active = torch.tensor(busy, device=device)[:, None, None]
-            _step(group.layers, begin, speed, total, active, own)
+            _step(group.layers, begin, extra, speed, total, active, own)
     counts = np.array([len(chosen) for chosen in rows], dtype=np.float64)
     counts[counts == 0] = np.nan
     return summed / counts if own.epochs else np.full(stop - first, np.nan)
@@ -263,6 +267,7 @@ def _piece(
 def _step(
     layers: list[list[torch.Tensor]],
     begin: list[list[torch.Tensor]],
+    extra: list[list[torch.Tensor]] | None,
     speed: list[list[torch.Tensor]],
     gradients: list[list[torch.Tensor]],
     active: torch.Tensor | None,
@@ -272,8 +277,12 @@ def _step(
     import torch
 
     for i, layer in enumerate(layers):
+        if own.layers != "all" and (own.layers == "last") != (i == len(layers) - 1):
+            continue
         for j, weight in enumerate(layer):
             step = gradients[i][j]
+            if extra is not None:
+                step = step + extra[i][j]
             if own.weight_decay:
                 step = step + own.weight_decay * weight
             if own.proximal:

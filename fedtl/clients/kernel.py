@@ -40,6 +40,7 @@ class _Work(NamedTuple):
     Attributes:
         weight: the head, float32 [C, stride]: D features, zeros up to whole vectors, then the bias
             and zeros. ``grad``, ``speed`` (momentum) and ``start`` have the same form.
+        extra: of that form too, what every gradient gains; [0, stride] for nothing.
         logits: [C, BLOCK] scores, later residuals.
         top, total: [BLOCK] largest score of a sample and its sum of exponentials.
         table, upcoming: [BLOCK] addresses of this piece's rows and of the next piece's.
@@ -51,6 +52,7 @@ class _Work(NamedTuple):
     start: Float32
     speed: Float32
     grad: Float32
+    extra: Float32
     logits: Float32
     top: Float32
     total: Float32
@@ -70,7 +72,7 @@ def _aligned(rows: int, columns: int) -> Float32:
 
 
 @njit(nogil=True, cache=True)
-def _workplace(num_classes: int, width: int, copies: bool) -> _Work:
+def _workplace(num_classes: int, width: int, copies: bool, corrected: bool) -> _Work:
     num_vectors = (width + LANES - 1) // LANES
     # 16 floats hold the bias, and keep rows from lying 2 KB or 4 KB apart, in the same cache sets.
     stride = num_vectors * LANES + 16
@@ -79,6 +81,7 @@ def _workplace(num_classes: int, width: int, copies: bool) -> _Work:
         _aligned(num_classes, stride),
         _aligned(num_classes, stride),
         _aligned(num_classes, stride),
+        _aligned(num_classes if corrected else 0, stride),
         _aligned(num_classes, BLOCK),
         np.zeros(BLOCK, np.float32),
         np.zeros(BLOCK, np.float32),
@@ -214,10 +217,12 @@ def _residuals(labels: Int32, chosen: Int64, share: np.float32, work: _Work) -> 
 
 @njit(nogil=True, cache=True)
 def _descend(
-    weight: Float32, start: Float32, speed: Float32, grad: Float32,
+    weight: Float32, start: Float32, speed: Float32, grad: Float32, extra: Float32,
     rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32,
 ) -> None:  # fmt: skip
     """One step of torch.optim.SGD on flat arrays, and the gradient set back to zero."""
+    for i in range(len(extra)):
+        grad[i] += extra[i]
     if momentum == 0.0 and decay == 0.0 and proximal == 0.0:
         for i in range(len(weight)):
             weight[i] -= rate * grad[i]
@@ -240,12 +245,12 @@ def _out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def _take(weight: Float32, bias: Float32, work: _Work) -> None:
+def _take(weight: Float32, bias: Float32, own: Float32, num_vectors: int) -> None:
     """Take over a head [C, D] and [C]; written as loops, which compile in a tenth of the time."""
     for c in range(len(bias)):
         for d in range(weight.shape[1]):
-            work.weight[c, d] = weight[c, d]
-        work.weight[c, work.num_vectors * LANES] = bias[c]
+            own[c, d] = weight[c, d]
+        own[c, num_vectors * LANES] = bias[c]
 
 
 @njit(nogil=True, cache=True)
@@ -266,6 +271,7 @@ def _train_client(
     """Train ``work.weight`` on one client's rows; returns the first epoch's summed loss."""
     weight, start = work.weight.reshape(-1), work.start.reshape(-1)
     speed, grad = work.speed.reshape(-1), work.grad.reshape(-1)
+    extra = work.extra.reshape(-1)
     for j in range(len(weight)):
         start[j], speed[j], grad[j] = weight[j], 0.0, 0.0
     order, later = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -293,7 +299,7 @@ def _train_client(
                         rows[following[s]] * features.shape[1] * 4
                     )
                 _backward(len(chosen), work)
-            _descend(weight, start, speed, grad, rate, momentum, decay, proximal)
+            _descend(weight, start, speed, grad, extra, rate, momentum, decay, proximal)
     return loss
 
 
@@ -301,6 +307,7 @@ def _train_client(
 def train_block(
     features: Float32, halves: npt.NDArray[np.uint16], labels: Int32,
     index: Int64, starts: Int64, stops: Int64, weights: Float32, biases: Float32,
+    extra_weights: Float32, extra_biases: Float32,
     keys: UInt64, epochs: int, batch_size: int,
     rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32,
     out_weights: Float32, out_biases: Float32, out_loss: Float64,
@@ -314,6 +321,7 @@ def train_block(
         index: rows of the clients; client i has ``index[starts[i]:stops[i]]``.
         starts, stops: [k].
         weights, biases: [k or 1, C, D] and [k or 1, C], where each client starts.
+        extra_weights, extra_biases: [k or 0, C, D] and [k or 0, C], added to every gradient.
         keys: [k], batch order.
         epochs, batch_size, rate, momentum, decay, proximal: as LocalTraining.
         out_weights, out_biases: [k, C, D] and [k, C], written.
@@ -323,13 +331,15 @@ def train_block(
         EVERYTHING_FINE, or the first client whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    work = _workplace(num_classes, width, len(halves) > 0)
+    work = _workplace(num_classes, width, len(halves) > 0, len(extra_biases) > 0)
     for i in range(len(starts)):
         rows = index[starts[i] : stops[i]]
         if _out_of_range(rows, labels, num_classes):
             return i
         first = i if len(weights) > 1 else 0
-        _take(weights[first], biases[first], work)
+        _take(weights[first], biases[first], work.weight, work.num_vectors)
+        if len(extra_biases) > 0:
+            _take(extra_weights[i], extra_biases[i], work.extra, work.num_vectors)
         loss = _train_client(
             features, halves, labels, rows, keys[i],
             epochs, batch_size, rate, momentum, decay, proximal, work,
@@ -356,12 +366,12 @@ def evaluate_block(
         EVERYTHING_FINE, or the first i whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    work = _workplace(num_classes, width, len(halves) > 0)
+    work = _workplace(num_classes, width, len(halves) > 0, False)
     for i in range(len(starts)):
         if _out_of_range(index[starts[i] : stops[i]], labels, num_classes):
             return i
         if i == 0 or len(weights) > 1:
-            _take(weights[i], biases[i], work)
+            _take(weights[i], biases[i], work.weight, work.num_vectors)
         loss = 0.0
         for begin in range(starts[i], stops[i], BLOCK):
             chosen = index[begin : min(begin + BLOCK, stops[i])]

@@ -1,13 +1,18 @@
 """Local training of a cohort: the one entry for every engine.
 
 A linear head on the CPU goes to the fused kernel, everything else to the batched torch path. Both
-are FedAvg's ClientUpdate (McMahan et al. 2017, algorithm 1) with momentum, weight decay and
-FedProx's proximal term (Li et al. 2020, equation 2), and use batches in the same order.
+are FedAvg's ClientUpdate (McMahan et al. 2017, algorithm 1) with momentum, weight decay,
+FedProx's proximal term (Li et al. 2020, equation 2) and a correction of each client's own:
+
+    step <- momentum * step + gradient + correction + decay * w + proximal * (w - start)
+
+(as torch.optim.SGD, step is 0 before the first), and use batches in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,7 +39,8 @@ def train_clients(
         population: the clients' data; ``features`` may be float32 or float16, memory-mapped,
             read-only.
         head: where all clients start (linear, or MLP with ``hidden.<i>``).
-        plan: who trains, in which batch order, with which hyper-parameters.
+        plan: who trains, in which batch order, with which hyper-parameters and corrections, and
+            what they report besides.
         threads: CPU threads; the result does not depend on it.
         device: "cpu" or a torch device such as "cuda".
         block_size: clients in one call of the kernel; the result does not depend on it.
@@ -49,11 +55,41 @@ def train_clients(
     """
     check_plan(population, plan)
     starts = check_heads(population, head, initial, len(plan.clients))
+    if plan.corrections:
+        check_stacked(plan.corrections, head, len(plan.clients), "the plan's corrections")
     if set(head) == LINEAR and device == "cpu":
-        return _train_linear(population, starts, plan, threads, block_size)
-    from fedtl.clients.batched import train_batched
+        updates = _train_linear(population, starts, plan, threads, block_size)
+    else:
+        from fedtl.clients.batched import train_batched
 
-    return train_batched(population, starts, plan, threads=threads, device=device)
+        updates = train_batched(population, starts, plan, threads=threads, device=device)
+    return _reported(updates, population, head, plan, threads, device) if plan.reports else updates
+
+
+def _reported(
+    updates: ClientUpdates,
+    population: Population,
+    head: Head,
+    plan: RoundPlan,
+    threads: int,
+    device: str,
+) -> ClientUpdates:
+    """The updates with what the plan has clients say of the round's head besides."""
+    if "start_gradient" in plan.reports:
+        from fedtl.clients.gradients import gradients
+
+        own = gradients(population, head, plan, threads=threads).tensors
+        more = {f"start_gradient.{name}": own[name].astype(np.float32) for name in head}
+        updates = replace(updates, tensors={**updates.tensors, **more})
+    if "start_loss" in plan.reports:
+        from fedtl.clients.evaluation import evaluate_clients
+
+        judged = evaluate_clients(
+            population, head, plan.clients, split="train", threads=threads, device=device
+        )
+        with np.errstate(invalid="ignore"):  # no rows: NaN
+            updates = replace(updates, loss=judged.loss_sum / updates.num_examples)
+    return updates
 
 
 def _train_linear(
@@ -64,10 +100,13 @@ def _train_linear(
     clients, own = plan.clients, plan.training
     num, (num_classes, width) = len(clients), starts["weight"].shape[1:]
     weights, biases = (frozen(starts[name], np.float32) for name in ("weight", "bias"))
+    extra = plan.corrections or {name: starts[name][:0] for name in starts}
+    extra_weights, extra_biases = (frozen(extra[name], np.float32) for name in ("weight", "bias"))
     keys = np.ascontiguousarray(plan.batch_keys, dtype=np.uint64)
     out_weights = np.empty((num, num_classes, width), dtype=np.float32)
     out_biases = np.empty((num, num_classes), dtype=np.float32)
     loss = np.empty(num, dtype=np.float64)
+    epochs = own.epochs if own.layers != "hidden" else 0  # it has none
     with np.errstate(over="ignore"):  # a rate beyond float32 is infinite, its update is refused
         rate, momentum, decay, proximal = (
             np.float32(value)
@@ -83,8 +122,9 @@ def _train_linear(
         part = slice(first, stop) if len(weights) > 1 else slice(None)
         bad = train_block(
             rows.features, rows.halves, rows.labels, rows.index, rows.starts, rows.stops,
-            weights[part], biases[part], keys[first:stop],
-            own.epochs, own.batch_size, rate, momentum, decay, proximal,
+            weights[part], biases[part],
+            extra_weights[first:stop], extra_biases[first:stop], keys[first:stop],
+            epochs, own.batch_size, rate, momentum, decay, proximal,
             out_weights[first:stop], out_biases[first:stop], loss[first:stop],
         )  # fmt: skip
         if bad != EVERYTHING_FINE:
@@ -151,12 +191,17 @@ def check_heads(
         )
     if initial is None:
         return {name: np.asarray(tensor)[None] for name, tensor in head.items()}
+    check_stacked(initial, head, num_clients, "the clients' own starts")
+    return {name: initial[name] for name in head}
+
+
+def check_stacked(given: Mapping[str, Float32], head: Head, num_clients: int, what: str) -> None:
+    """Raise InputError unless ``given`` has a tensor [k, ...] for each of the head's."""
     for name, tensor in head.items():
         allowed = (num_clients, *tensor.shape)
-        if name not in initial or initial[name].shape != allowed:
+        if name not in given or given[name].shape != allowed:
             raise InputError(
-                f"the clients' own starts lack a fitting {name!r}",
-                got=initial[name].shape if name in initial else None,
+                f"{what} lack a fitting {name!r}",
+                got=given[name].shape if name in given else None,
                 allowed=allowed,
             )
-    return {name: initial[name] for name in head}

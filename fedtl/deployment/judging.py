@@ -53,7 +53,7 @@ def judge_remotely(
         found = {"federated": _shared(own)}
         for name in scenario.evaluation.references:
             begin(name)
-            if name == "centralised":
+            if name in ("centralised", "ridge"):
                 note(NOT_POOLED)
                 continue
             alone = _alone(federation, engine, own.clients)

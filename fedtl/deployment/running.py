@@ -183,7 +183,7 @@ def _prepare(
         **gathered.identity,
     }
     head = initial_head(scenario.head, roster.width, len(roster.classes), scenario.seed)
-    strategy = make_strategy(scenario.strategy, roster.names, scenario.seed)
+    strategy = make_strategy(scenario, roster.names)
     federation = Rounds(scenario, roster, head, strategy, engine, identity)
     seconds = max(float(facts[name].get("seconds", 0.0)) for name in roster.names)
     return Prepared(

@@ -56,6 +56,10 @@ CLIENTS = pa.schema(
         ("local_only_loss", pa.float64()),
         ("centralised_accuracy", pa.float64()),
         ("centralised_loss", pa.float64()),
+        ("ridge_accuracy", pa.float64()),
+        ("ridge_loss", pa.float64()),
+        ("personal_accuracy", pa.float64()),
+        ("personal_loss", pa.float64()),
     ]
 )
 """One row per round, client and split. ``split``: train (the client's own training), test (its own

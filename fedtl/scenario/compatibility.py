@@ -6,10 +6,21 @@ alone; what only the data can tell (clients without a domain, say) is refused wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from fedtl.errors import Problem
+from fedtl.errors import InputError, Problem
 from fedtl.scenario.schema import Scenario
+from fedtl.scenario.strategies import Bulyan, FLTrust, Krum, MultiKrum, TrimmedMean
+
+CLOSED_FORMS = ("fed3r", "afl", "fedncm", "fedlda", "ccvr", "fedcof", "personal_ridge")
+"""Strategies whose clients send statistics of their features, once."""
+
+UPDATE_ATTACKS = ("sign_flip", "gaussian", "inner_product", "alie", "min_max")
+"""Attacks on what liars send; the others are on what they train on."""
+
+PLAIN_STEPS = ("scaffold", "feddyn", "fednova", "mime")
+"""Strategies whose equations are for plain SGD at the clients."""
 
 
 def find_conflicts(scenario: Scenario) -> list[Problem]:
@@ -115,4 +126,199 @@ def _participation(scenario: Scenario) -> Iterator[Problem]:
             )
 
 
-RULES = (_source, _partition, _backbone, _references, _participation)
+def check_cohort(scenario: Scenario, num_clients: int) -> None:
+    """Refuse a cohort too small for the strategy, once the data have told the clients' number.
+
+    Raises:
+        InputError: in the words in which the scenario is refused where it says the number itself.
+    """
+    for problem in _cohort(scenario, num_clients):
+        raise InputError(
+            problem.what,
+            where=problem.where,
+            got=problem.got,
+            allowed=problem.allowed,
+            do=problem.do,
+        )
+
+
+def least_clients(rule: str, malicious: int, selected: int | None = None) -> int:
+    """Updates that a rule needs against ``malicious`` liars (f).
+
+    Krum and multi-Krum n > 2f + 2 (Blanchard et al. 2017, proposition 1), with n - f not less than
+    what is ``selected``; Bulyan n >= 4f + 3 (El Mhamdi et al. 2018, section 4).
+    """
+    if rule == "bulyan":
+        return 4 * malicious + 3
+    return max(2 * malicious + 3, malicious + (selected or 0))
+
+
+def _known_cohort(scenario: Scenario) -> Iterator[Problem]:
+    if scenario.clients.num is not None:
+        yield from _cohort(scenario, scenario.clients.num)
+
+
+def _cohort(scenario: Scenario, num_clients: int) -> Iterator[Problem]:
+    strategy = scenario.strategy
+    cohort = max(1, math.floor(scenario.clients.fraction * num_clients + 0.5))
+    who = f"{cohort} clients a round"
+    if isinstance(strategy, Krum | MultiKrum | Bulyan):
+        f = strategy.malicious
+        needed = least_clients(strategy.name, f)
+        selected = strategy.selected if isinstance(strategy, MultiKrum) else None
+        if cohort < needed:
+            reason = (
+                "needs n >= 4 f + 3, else its last choices are the liars'"
+                if strategy.name == "bulyan"
+                else "needs n > 2 f + 2, else the liars alone decide which updates are near others"
+            )
+            yield Problem(
+                "strategy.malicious",
+                f"{strategy.name} {reason}",
+                f"f = {f}, {who}",
+                f"at least {needed} clients a round",
+                "Lower strategy.malicious, or raise clients.num or clients.fraction",
+            )
+        elif cohort < least_clients(strategy.name, f, selected):
+            yield Problem(
+                "strategy.selected",
+                "averages more updates than can be honest",
+                f"{selected} of {who}, of which {f} may lie",
+                f"at most {cohort - f}",
+            )
+    if (
+        isinstance(strategy, TrimmedMean)
+        and strategy.trim > 0
+        and strategy.trim * cohort < 1 - 1e-9
+    ):
+        yield Problem(
+            "strategy.trim",
+            f"cuts nobody off of {who}, so it is the plain mean",
+            f"{strategy.trim:g}",
+            f"0, or at least {math.ceil(1e4 / cohort) / 1e4:g} for one client at each end"
+            if cohort > 2
+            else 'only 0; with so few clients "fedavg" is the same',
+        )
+
+
+def _trusted(scenario: Scenario) -> Iterator[Problem]:
+    strategy = scenario.strategy
+    if not isinstance(strategy, FLTrust):
+        return
+    if scenario.clients.fraction < 1:
+        yield Problem(
+            "clients.fraction",
+            '"fltrust" needs its trusted client in every round',
+            f"{scenario.clients.fraction:g}",
+            "1",
+        )
+    if strategy.root in scenario.attack.clients and scenario.attack.kind != "none":
+        yield Problem(
+            "attack.clients",
+            'names the client that "fltrust" trusts',
+            repr(strategy.root),
+            "any others",
+        )
+
+
+def _attack(scenario: Scenario) -> Iterator[Problem]:
+    attack, name = scenario.attack, scenario.strategy.name
+    if attack.kind not in UPDATE_ATTACKS:
+        return
+    if name in (*CLOSED_FORMS, "lbfgs"):
+        what = "gradients" if name == "lbfgs" else "statistics"
+        yield Problem(
+            "attack.kind",
+            f'it falsifies trained heads, and clients of "{name}" send {what}',
+            repr(attack.kind),
+            "label_flip, backdoor",
+        )
+    if scenario.compression.kind != "none":
+        yield Problem(
+            "attack.kind",
+            "it falsifies heads as they are, and compression packs them",
+            repr(attack.kind),
+            'label_flip, backdoor, or compression.kind = "none"',
+        )
+
+
+def _closed_form(scenario: Scenario) -> Iterator[Problem]:
+    head, name = scenario.head, scenario.strategy.name
+    if head.kind == "mlp" and name in CLOSED_FORMS:
+        yield Problem(
+            "head.kind",
+            f'"{name}" solves for a linear head from sums over the features; '
+            "hidden layers have no closed form",
+            '"mlp"',
+            '"linear"',
+        )
+    if head.initial != "fed3r":
+        return
+    if head.kind == "mlp":
+        yield Problem(
+            "head.initial",
+            "the closed form is a linear head, and this one has hidden layers",
+            '"fed3r"',
+            '"zeros", or head.kind = "linear"',
+        )
+    if name in CLOSED_FORMS:
+        yield Problem(
+            "head.initial",
+            f'"{name}" starts from nothing: its head is a closed form already',
+            '"fed3r"',
+            '"zeros"',
+        )
+    if scenario.rounds == 1:
+        yield Problem(
+            "head.initial",
+            "round 1 makes the closed-form head, and no other follows to start from it",
+            '"fed3r"',
+            do='Set rounds to at least 2, or strategy.name = "fed3r"',
+        )
+
+
+def _compression(scenario: Scenario) -> Iterator[Problem]:
+    name = scenario.strategy.name
+    if scenario.compression.kind == "none":
+        return
+    reason = {
+        **dict.fromkeys(CLOSED_FORMS, "sends statistics, which must stay exact"),
+        "lbfgs": "sends gradients, which must stay exact",
+        "flower": "reads whole heads and knows nothing of packed ones",
+        "mime": "also sends gradients, which are not packed",
+    }.get(name)
+    if reason:
+        yield Problem(
+            "compression.kind",
+            f'it packs trained heads, and "{name}" {reason}',
+            repr(scenario.compression.kind),
+            '"none"',
+        )
+
+
+def _local_steps(scenario: Scenario) -> Iterator[Problem]:
+    name = scenario.strategy.name
+    if name in PLAIN_STEPS and scenario.training.momentum > 0:
+        yield Problem(
+            "training.momentum",
+            f'"{name}"\'s equations are for plain SGD at the clients',
+            f"{scenario.training.momentum:g}",
+            "0",
+        )
+
+
+def _every_answer(scenario: Scenario) -> Iterator[Problem]:
+    name = scenario.strategy.name
+    if name in (*CLOSED_FORMS, "lbfgs") and scenario.participation.over_selection > 1:
+        yield Problem(
+            "participation.over_selection",
+            f'"{name}" is exact because every client\'s answer counts; this drops the last ones',
+            f"{scenario.participation.over_selection:g}",
+            "1",
+        )
+
+
+RULES = (
+    _source, _partition, _backbone, _references, _participation,
+    _known_cohort, _trusted, _attack, _closed_form, _compression, _local_steps, _every_answer,
+)  # fmt: skip

@@ -178,7 +178,7 @@ def _assign(raw: dict[str, Any], key: Sequence[str], value: Any) -> None:
     """Set one value. Another strategy keeps of the file's parameters only those it knows."""
     old = raw.get("strategy")
     if list(key) == ["strategy", "name"] and isinstance(old, dict) and value in strategy_names():
-        known = _strategy_models()[value].model_fields
+        known = _keys(_strategy_models()[value])
         raw["strategy"] = {name: given for name, given in old.items() if name in known}
     table = raw
     for part in key[:-1]:
@@ -309,8 +309,12 @@ def _siblings(path: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
         else:
             annotation = Scenario.model_fields[path[0]].annotation
             model = annotation if isinstance(annotation, type) else None
-    fields = model.model_fields if model is not None else {}
-    return [field.alias or name for name, field in fields.items()]
+    return _keys(model) if model is not None else []
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """A table's keys as they are written in a file: ``class``, where the code says ``class_``."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _strategy_models() -> dict[str, type[BaseModel]]:

@@ -184,6 +184,7 @@ class Krum(Robust):
     """Blanchard et al. 2017."""
 
     name: Literal["krum"]
+    weighting: Literal["uniform"] = "uniform"
 
 
 class MultiKrum(Robust):
@@ -197,18 +198,21 @@ class Bulyan(Robust):
     """El Mhamdi et al. 2018."""
 
     name: Literal["bulyan"]
+    weighting: Literal["uniform"] = "uniform"
 
 
 class Median(Averaging):
     """Yin et al. 2018, coordinate-wise."""
 
     name: Literal["median"]
+    weighting: Literal["uniform"] = "uniform"
 
 
 class TrimmedMean(Averaging):
     """Yin et al. 2018, coordinate-wise."""
 
     name: Literal["trimmed_mean"]
+    weighting: Literal["uniform"] = "uniform"
     trim: Annotated[float, Field(ge=0.0, lt=0.5)] = Field(
         0.1, description="share of the clients cut off at each end"
     )
@@ -226,6 +230,7 @@ class FLTrust(Averaging):
     """Cao et al. 2021."""
 
     name: Literal["fltrust"]
+    weighting: Literal["uniform"] = "uniform"
     root: str = Field(description="name of the client that the server trusts")
 
 

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedtl.errors import client_of
-from fedtl.scenario import schema
+from fedtl.scenario.schema import Scenario
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from fedtl.strategies.base import ServerState, Strategy
+from fedtl.strategies.class_means import CCVR, FedCOF, FedLDA, FedNCM
+from fedtl.strategies.closed_form import AFL, Fed3R
+from fedtl.strategies.flower_adapter import FlowerStrategy
+from fedtl.strategies.robust import (
+    Bulyan,
+    FLTrust,
+    GeometricMedian,
+    Krum,
+    Median,
+    MultiKrum,
+    NormClip,
+    TrimmedMean,
+)
+from fedtl.strategies.warm_start import WarmStart
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -16,25 +30,41 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "fed3r": Fed3R,
+    "afl": AFL,
+    "fedncm": FedNCM,
+    "fedlda": FedLDA,
+    "ccvr": CCVR,
+    "fedcof": FedCOF,
+    "krum": Krum,
+    "multikrum": MultiKrum,
+    "bulyan": Bulyan,
+    "median": Median,
+    "trimmed_mean": TrimmedMean,
+    "geometric_median": GeometricMedian,
+    "fltrust": FLTrust,
+    "norm_clip": NormClip,
+    "flower": FlowerStrategy,
 }
 
 __all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy"]
 
 
-def make_strategy(section: schema.Strategy, names: Sequence[str], seed: int) -> Strategy:
+def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:
     """The strategy a scenario asks for; its parameters are the section's other keys.
 
     Args:
         names: the clients', by id; a strategy that trusts one of them is told its id.
-        seed: the scenario's, for strategies that draw something.
 
     Raises:
         InputError: a name that no client has.
     """
-    given = section.model_dump(exclude={"name"})
+    section = scenario.strategy
+    given = section.model_dump(exclude={"name"}, by_alias=False)
     if "root" in given:
         given["root"] = client_of(given["root"], names, "strategy.root")
     build = STRATEGIES[section.name]
     if "seed" in getattr(build, "__dataclass_fields__", {}):
-        given["seed"] = seed
-    return build(**given)
+        given["seed"] = scenario.seed
+    strategy = build(**given)
+    return WarmStart(Fed3R(), strategy) if scenario.head.initial == "fed3r" else strategy

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.types import ClientUpdates, Float32, Float64, Head, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head, Personal, RoundPlan
 
 Weighting = Literal["examples", "uniform"]
 
@@ -25,7 +25,8 @@ class ServerState:
     Attributes:
         head: float32 tensors, exactly what clients receive.
         slots: a strategy's other tensors (float64, float32 or int64), by name; their shapes never
-            change from ``init`` on, so that a commit can be checked against them.
+            change from ``init`` on, so that a commit can be checked against them. Bytes (uint8) may
+            have any length.
     """
 
     head: Head
@@ -75,6 +76,12 @@ class Summing(Strategy, Protocol):
     def solve(self, state: ServerState) -> ServerState:
         """The head that follows from the sums."""
         ...
+
+
+def personal_of(strategy: Strategy, state: ServerState) -> Personal | None:
+    """What each client makes of the last head for itself; None where all keep it as it is."""
+    own = getattr(strategy, "personal", None)
+    return own(state) if own is not None else None
 
 
 def client_weights(updates: ClientUpdates, weighting: Weighting) -> Float64:

@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 
+from fedtl.strategies.admissible import inadmissible
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64, RoundPlan, Shapes
 
 
@@ -140,7 +141,14 @@ def _judge(
                 f"its update is {norms[i] / median:.3g} times the cohort's median, "
                 f"allowed {max_norm_ratio:g}"
             )
-    return finite & right & bounded, norms, refused
+    keep = finite & right & bounded
+    if plan.statistics is not None and plan.task == "statistics":
+        for i in np.flatnonzero(keep).tolist():
+            own = {name: tensor[i] for name, tensor in updates.tensors.items()}
+            reason = inadmissible(own, plan.statistics, int(updates.num_examples[i]))
+            if reason is not None:
+                keep[i], refused[int(updates.clients[i])] = False, f"statistics: {reason}"
+    return keep, norms, refused
 
 
 def _squares(

@@ -19,7 +19,7 @@ FLOORS = (
     {"transfer"},
     {"clients", "privacy"},
     {"strategies", "engines", "evaluation"},
-    {"planning", "rounds"},
+    {"planning", "rounds", "checkpoints"},
     {"build"},
     {"conduct"},
     {"forecast", "run", "check", "choices", "doctor", "terminal", "listings"},

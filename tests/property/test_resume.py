@@ -43,7 +43,7 @@ def federation() -> Federation:
         scenario,
         people.roster(),
         head,
-        make_strategy(scenario.strategy, people.names, scenario.seed),
+        make_strategy(scenario, people.names),
         LocalEngine(people, 1),
         {},
     )

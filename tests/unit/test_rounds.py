@@ -29,7 +29,7 @@ def federation(population: Population, engine=None, **changes) -> Federation:
     classes, width = len(population.classes), population.features.shape[1]
     head = {"weight": np.zeros((classes, width), np.float32), "bias": np.zeros(classes, np.float32)}
     engine = engine or LocalEngine(population, 1)
-    strategy = make_strategy(scenario.strategy, population.names, scenario.seed)
+    strategy = make_strategy(scenario, population.names)
     return Federation(scenario, population.roster(), head, strategy, engine, {"scenario_hash": "a"})
 
 
@@ -179,7 +179,7 @@ def _zeros(population: Population):
 
 
 def _plan(population: Population):
-    from fedtl.rounds import plan_round
+    from fedtl.planning import plan_round
     from fedtl.strategies import ServerState
 
     made = federation(population)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from fedtl import machine
+from fedtl.checkpoints import check_identity
 from fedtl.engines.node import NotPrepared
 from fedtl.errors import EnvironmentFault, InputError, Interrupted, PolicyStop
-from fedtl.rounds import check_identity
 
 IDENTITY = {"name": "identity", "weights": "default", "image_size": None}
 

@@ -1,0 +1,80 @@
+"""A closed-form head first, any other strategy from there on: ``head.initial = "fed3r"``.
+
+Round 1 asks for statistics and solves them (Fanì et al. 2024, arXiv 2406.01116, section 4.3: Fed3R
+as the initialiser of fine-tuning, columns normalised, temperature 0.1); whoever does not answer in
+that round has no part in the start. Every later round is the other strategy's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedtl.strategies.base import ServerState, Strategy, Summing
+from fedtl.types import ClientUpdates, Head, Personal, RoundPlan
+
+FIRST, STARTED = "first.", "started"
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """``first`` for one round, then ``then`` from the head it found."""
+
+    first: Summing
+    then: Strategy
+
+    def init(self, head: Head, num_clients: int) -> ServerState:
+        """The slots of both; the other strategy's are made anew when its head is there."""
+        sums = self.first.init(head, num_clients).slots
+        slots = {FIRST + name: tensor for name, tensor in sums.items()}
+        own = self.then.init(head, num_clients).slots
+        counts = {STARTED: np.array([0, num_clients], np.int64)}
+        return ServerState(head, {**slots, **own, **counts})
+
+    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
+        """Statistics first."""
+        if self._started(state):
+            return self.then.plan(self._own(state), plan)
+        return self.first.plan(self._sums(state), plan)
+
+    def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
+        """One round of whichever strategy is at it."""
+        if not self._started(state):
+            return self.solve(self.absorb(state, updates))
+        own = self.then.step(self._own(state), updates)
+        return ServerState(own.head, {**state.slots, **own.slots})
+
+    def absorb(self, state: ServerState, updates: ClientUpdates) -> ServerState:
+        """Add some clients' statistics."""
+        sums = self.first.absorb(self._sums(state), updates).slots
+        return replace(state, slots={**state.slots, **{FIRST + n: t for n, t in sums.items()}})
+
+    def solve(self, state: ServerState) -> ServerState:
+        """The closed-form head, as the other strategy's start; the sums are let go."""
+        head = self.first.solve(self._sums(state)).head
+        num_clients = int(state.slots[STARTED][1])
+        own = self.then.init(head, num_clients)
+        slots = {n: np.zeros_like(t) if n.startswith(FIRST) else t for n, t in state.slots.items()}
+        counts = {STARTED: np.array([1, num_clients], np.int64)}
+        return ServerState(own.head, {**slots, **own.slots, **counts})
+
+    def finished(self, state: ServerState) -> bool:
+        """When the other strategy is."""
+        return self._started(state) and self.then.finished(self._own(state))
+
+    def personal(self, state: ServerState) -> Personal | None:
+        """What the other strategy has clients do for themselves."""
+        own = getattr(self.then, "personal", None)
+        return own(self._own(state)) if own is not None else None
+
+    def _started(self, state: ServerState) -> bool:
+        return bool(state.slots[STARTED][0])
+
+    def _sums(self, state: ServerState) -> ServerState:
+        kept = {n.removeprefix(FIRST): t for n, t in state.slots.items() if n.startswith(FIRST)}
+        return replace(state, slots=kept)
+
+    def _own(self, state: ServerState) -> ServerState:
+        kept = {n: t for n, t in state.slots.items() if not n.startswith(FIRST) and n != STARTED}
+        return replace(state, slots=kept)
