@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl import machine
+from fedtl.clients.attacks import poison
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.data.clients import ClientSplit, split_clients
 from fedtl.data.examples import Examples
@@ -22,7 +23,9 @@ from fedtl.data.partitions import assign_clients
 from fedtl.data.sources import load_examples
 from fedtl.engines import Engine, LocalEngine
 from fedtl.errors import EnvironmentFault, InputError
+from fedtl.planning import liars_of
 from fedtl.rounds import Federation
+from fedtl.scenario.compatibility import check_cohort
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
 from fedtl.transfer.backbones import Backbone, open_backbone
@@ -106,7 +109,7 @@ class Built:
     """A federation ready to run, with what was found on the way.
 
     Attributes:
-        population: everybody's data, where they are here: in simulation.
+        population: everybody's true data, where they are here: in simulation.
     """
 
     federation: Federation
@@ -241,6 +244,9 @@ def make_federation(
     leaks = find_leaks(features.content, split, examples)
     check_leaks(leaks, scenario.data.leakage)
     population = population_of(features)
+    lying = liars_of(scenario, population.names)
+    poisoned = poison(population, scenario.attack, lying, scenario.seed)
+    check_cohort(scenario, population.num_clients)
     head = initial_head(
         scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
     )
@@ -256,12 +262,19 @@ def make_federation(
         population.roster(),
         head,
         make_strategy(scenario, population.names),
-        ENGINES[scenario.engine.kind](scenario, population, store),
+        ENGINES[scenario.engine.kind](scenario, poisoned, store),
         identity,
     )
-    return Built(
-        federation, population, leaks, replace(features, notes=(*features.notes, *_left_out(split)))
-    )
+    notes = (*features.notes, *_left_out(split), *_attack(scenario, population, lying))
+    return Built(federation, population, leaks, replace(features, notes=notes))
+
+
+def _attack(scenario: Scenario, population: Population, lying: Int64) -> list[str]:
+    if not len(lying):
+        return []
+    shown = ", ".join(population.names[client] for client in lying[:5].tolist())
+    more = f" and {len(lying) - 5} more" if len(lying) > 5 else ""
+    return [f"attack {scenario.attack.kind}: {shown}{more} lie in every round"]
 
 
 def _left_out(split: ClientSplit) -> list[str]:

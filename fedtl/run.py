@@ -20,14 +20,16 @@ from fedtl.build import (
     open_data,
     resolve_device,
 )
+from fedtl.clients.attacks import backdoor_success
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Judge, Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.evaluation import references
+from fedtl.evaluation.metrics import defined
 from fedtl.evaluation.ridge import fit_ridge
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
-from fedtl.planning import judged_clients, local_training
+from fedtl.planning import judged_clients, liars_of, local_training
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
@@ -187,6 +189,12 @@ def _judge(built: Built) -> Judge:
         threads, device = allowed_threads(scenario), resolve_device(scenario)
         place = references.Judge(population, judged, rows, threads, device)
         found = {"federated": references.judge_shared(place, head)}
+        if scenario.attack.kind == "backdoor":
+            lying = liars_of(scenario, population.names)
+            rate = backdoor_success(
+                population, head, scenario.attack, lying, scenario.seed, threads=threads
+            )
+            found["federated"].facts["backdoor_success"] = defined(rate)
         limit = section.reference_clients
         if len(judged) > limit and section.references:
             stream = seeding.generator(scenario.seed, "references")

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_heads
 from fedtl.errors import InputError, client_of
-from fedtl.scenario.strategies import Attack
+from fedtl.scenario.updates import Attack
 from fedtl.types import ClientUpdates, Float32, Float64, Head, Int64, Population, RoundPlan
 
 ROWS_AT_A_TIME = 8192

@@ -1,6 +1,6 @@
 """kNN-Per: each client mixes the shared head's probabilities with its nearest examples' labels.
 
-Source: Marfoq et al. 2022 (arXiv 2111.09360), eq. 7 and 8, and the authors' code: of the k nearest
+Source: Marfoq et al. 2022 (arXiv 2111.09360) and the authors' released code: of the k nearest
 of its own training examples each votes for its class with exp(-|z - z_i|^2 / (H scale)), z what the
 shared head's last layer sees [H]; p = lambda votes + (1 - lambda) softmax. Deviation: the client
 chooses lambda by the cross-entropy of its own training examples, each judged without itself among

@@ -252,7 +252,7 @@ class RidgePath:
     def chosen(self, pulls: Sequence[float]) -> float:
         """The rho of least PRESS; of equal ones the largest, closest to everybody's head."""
         errors = np.array([self.press(pull) for pull in pulls])
-        return max(np.array(pulls)[errors <= errors.min() * (1 + EQUAL)].tolist())
+        return float(np.array(pulls)[errors <= errors.min() * (1 + EQUAL)].max())
 
 
 _MAKE: Mapping[str, Callable[[Place, Head, RoundPlan], Stacked]] = {

@@ -3,7 +3,7 @@
 Sources: FedPer, Arivazhagan et al. 2019 (arXiv 1912.00818); LG-FedAvg, Liang et al. 2020
 (2001.01523); FedRep, Collins et al. 2021 (2102.07078), Algorithm 1; FedBABU, Oh et al. 2022
 (2106.06042), Algorithm 1; Ditto, Li et al. 2021 (2012.04221), Algorithm 1; pFedMe, Dinh et al. 2020
-(2006.08848), Algorithm 1; APFL, Deng et al. 2020 (2003.13461), Algorithm 1, eq. 10 and 11.
+(2006.08848), Algorithm 1; APFL, Deng et al. 2020 (2003.13461), Algorithm 1.
 
 All training goes through ``train_clients``. With Ditto's v <- v - eta (grad + lambda (v - w)) that
 is weight decay lambda and a correction -lambda w; pFedMe's inner problem is the same on one batch.
@@ -138,6 +138,8 @@ def kept(
         InputError: there is no store.
         EnvironmentFault: a file is damaged, or holds other tensors.
     """
+    if not start:
+        return {}, np.ones(len(plan.clients), np.bool_)
     if place.store is None:
         raise InputError(
             f"{asked(plan).method} needs a place where clients keep what is their own",
@@ -167,6 +169,8 @@ def kept(
 
 def _keep(place: Place, plan: RoundPlan, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
     """File each client's own tensors under the plan's round, where they are finite."""
+    if not tensors:
+        return
     assert place.store is not None
     for i, client in enumerate(plan.clients.tolist()):
         mine = {name: tensor[i] for name, tensor in tensors.items()}

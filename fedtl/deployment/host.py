@@ -45,10 +45,18 @@ from fedtl.engines.node import NotPrepared
 from fedtl.engines.wire import Tensors
 from fedtl.errors import EnvironmentFault, FedtlError, InputError, SecurityRefusal
 from fedtl.scenario import schema
-from fedtl.types import Int64, Population
+from fedtl.types import Int64, Population, RoundPlan
 
 REPLY_SECONDS = 1.0
 """So long a request waits for data or features before it answers how far they are."""
+
+IN_WORDS: Mapping[str, str] = {
+    "train": "the update of the head that was trained here: averages over your examples",
+    "gradient": "the gradient of the head's loss here: averages over your examples",
+    "statistics": "sums of your features, of their products, and counts, class by class: of a "
+    "class with one example that is the example's features themselves",
+}
+"""What a client is told of each task before it does one."""
 
 
 class PrivateHost:
@@ -174,11 +182,19 @@ class PrivateHost:
             raise NotPrepared("this client has no data ready: it was not asked to prepare")
         return self._ready.population
 
+    def consent(self, plan: RoundPlan) -> None:
+        """Refuse what was not told when this client joined."""
+        idle = plan.task == "train" and plan.training.epochs == 0
+        if plan.task not in self._joined().tasks and not idle:
+            raise SecurityRefusal(f"the server asks for {plan.task}, which it did not say before")
+
     def store(self) -> PersonalStore | None:
-        """A folder for each scenario, so that a resumed run finds what it left."""
+        """A folder for each run, by what stays the same when it is resumed."""
         if self._keeps is None:
             return None
-        name = hashlib.blake2b(self._joined().terms.encode(), digest_size=8).hexdigest()
+        if self._work is None:
+            raise NotPrepared("this client has no data ready: it was not asked to prepare")
+        name = hashlib.blake2b(self._work.order.key, digest_size=8).hexdigest()
         return PersonalStore(self._keeps / name)
 
     def ids(self, clients: Int64) -> Int64:
@@ -204,6 +220,8 @@ class PrivateHost:
         with discreet():
             self._examples = task.outcome()
         self._session = session
+        for asked in session.tasks:
+            self._tell(f"in a round, what leaves is {IN_WORDS[asked]}")
         return True
 
     def _read_terms(self, facts: Mapping[str, Any]) -> Session:
@@ -227,8 +245,10 @@ class PrivateHost:
             )
         except ValidationError as error:
             raise InputError("the server's terms are none that fedtl knows") from error
-        terms = str(facts.get("scenario_hash", ""))
-        return Session(str(facts.get("run", "")), scenario, announced, terms)
+        tasks = facts.get("tasks")
+        if not isinstance(tasks, list) or not all(task in IN_WORDS for task in tasks):
+            raise InputError("the server does not say what it will ask for, or nothing fedtl knows")
+        return Session(str(facts.get("run", "")), scenario, announced, tuple(tasks))
 
     def _look_for_backbone(self, session: Session) -> bool:
         """Whether the server's backbone can be opened here; refuses one that differs."""

@@ -37,13 +37,13 @@ class Session:
         run: the server's id of this federation.
         scenario: the server's, with this client's data, backbone and machine in it.
         announced: the server's backbone.
-        terms: the hash of the server's own scenario, the same when a run is resumed.
+        tasks: all that this client will ever do in a round of it.
     """
 
     run: str
     scenario: schema.Scenario
     announced: Announcement
-    terms: str
+    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True)

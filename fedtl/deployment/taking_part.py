@@ -30,8 +30,9 @@ What leaves this machine, to {address} only:
   - the names of your classes and domain, how many examples there are, how many cannot be used or
     are there twice, and a keyed fingerprint of them
   - this machine's processor, free disk space and versions, and how long the features took
-  - in each round the update of the head that you trained: averages over your examples, which can
-    still tell something about them; no differential privacy is applied
+  - in each round what is told when this client joins, as a rule the update of the head that was
+    trained here: averages over your examples, which can still tell something about them; no
+    differential privacy is applied
   - how often the head is right on your own test examples, class by class, and its loss
   - what went wrong, where something did, without names or values
 No image, feature, label, file name or path leaves. Every answer is written to

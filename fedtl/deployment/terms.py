@@ -8,6 +8,7 @@ from fedtl import machine
 from fedtl.deployment.backbone_transfer import announce
 from fedtl.errors import EnvironmentFault
 from fedtl.scenario.schema import Scenario
+from fedtl.strategies import tasks_of
 from fedtl.transfer.backbones import Backbone
 
 
@@ -27,6 +28,7 @@ def make_terms(scenario: Scenario, backbone: Backbone) -> dict[str, Any]:
         "leakage": scenario.data.leakage,
         "max_pixels": scenario.data.max_pixels,
         "min_examples": scenario.clients.min_examples,
+        "tasks": tasks_of(scenario),
         "backbone": announce(backbone, scenario.backbone),
         "versions": machine.versions(),
     }

@@ -20,7 +20,7 @@ from fedtl.engines.node import Node
 from fedtl.engines.wire import MESSAGE_TYPES
 from fedtl.errors import InputError, SecurityRefusal
 from fedtl.machine import versions
-from fedtl.types import Int64, Population
+from fedtl.types import Int64, Population, RoundPlan
 
 RECORD, SIMULATION = "fedtl", "simulation"
 KINDS = {message_type: kind for kind, message_type in MESSAGE_TYPES.items()}
@@ -78,6 +78,9 @@ class SimulatedHost:
     def population(self) -> Population:
         """Everybody's; opened once in a process."""
         return open_population(self._folder)
+
+    def consent(self, plan: RoundPlan) -> None:
+        """Simulated clients do whatever there is."""
 
     def store(self) -> PersonalStore | None:
         """The run's."""

@@ -31,7 +31,7 @@ from fedtl.engines.wire import (
 )
 from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal, printable
 from fedtl.failpoints import failpoint
-from fedtl.types import Head, Int64, Population
+from fedtl.types import Head, Int64, Population, RoundPlan
 
 LARGEST_REQUEST = 2**30
 """Bytes: a head of a hundred million weights and more."""
@@ -60,6 +60,10 @@ class Host(Protocol):
 
     def population(self) -> Population:
         """The data of the clients hosted here. Raises NotPrepared."""
+        ...
+
+    def consent(self, plan: RoundPlan) -> None:
+        """Raises SecurityRefusal for a task that the clients here did not agree to."""
         ...
 
     def store(self) -> PersonalStore | None:
@@ -201,6 +205,7 @@ class Node:
     def _train(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
         """Local training of some of the clients here."""
         plan, head = read_plan(facts, tensors)
+        self.host.consent(plan)
         population = self.host.population()
         here = replace(plan, clients=self.host.ids(plan.clients))
         failpoint("client_before_train", plan.round)

@@ -160,8 +160,8 @@ def open_kept(path: Path) -> KeptRun:
     scenario = load_scenario(str(path / SCENARIO))
     commit, _ = read_commit(path / "checkpoints")
     names = kept_names(path)
-    strategy = make_strategy(scenario, list(names.values()))
-    if commit is None or not names or not isinstance(strategy, OneShot):
+    strategy = make_strategy(scenario, list(names.values())) if names else None
+    if commit is None or not isinstance(strategy, OneShot):
         raise InputError(
             "this run has kept no statistics of its clients",
             where=path,

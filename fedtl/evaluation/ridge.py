@@ -18,13 +18,15 @@ def fit_ridge(population: Population, head: Head, ridge: float, threads: int = 1
     """W = (A + ridge I)^-1 B over all clients' training rows, with a bias, as a float32 head.
 
     Args:
-        head: a linear head of the form wanted.
+        head: says how many classes there are.
         ridge: on weights and bias, at least 0; at 0 a singular matrix takes its pseudo-inverse.
         threads: CPU threads; the result does not depend on it.
 
     Returns:
         The regression's own head: no column is scaled. A class without examples is never predicted.
     """
+    classes, width = len(head["bias"]), population.features.shape[1]
+    linear = {"weight": np.zeros((classes, width), np.float32), "bias": head["bias"]}
     strategy = Fed3R(ridge=ridge, normalise=False, temperature=1.0)
     index = population.train.index
     used = int(population.train.offsets[-1])
@@ -32,6 +34,6 @@ def fit_ridge(population: Population, head: Head, ridge: float, threads: int = 1
     pooled = replace(population, train=together, test=together, names=("all",), domains=("",))
     everybody = np.zeros(1, np.int64)
     plan = RoundPlan(1, everybody, np.zeros(1, np.uint64), LocalTraining(0, 1, 0.0))
-    state = strategy.init(head, 1)
-    updates = statistics(pooled, head, strategy.plan(state, plan), threads=threads)
+    state = strategy.init(linear, 1)
+    updates = statistics(pooled, linear, strategy.plan(state, plan), threads=threads)
     return strategy.step(state, updates).head

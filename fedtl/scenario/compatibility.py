@@ -233,13 +233,6 @@ def _attack(scenario: Scenario) -> Iterator[Problem]:
             repr(attack.kind),
             "label_flip, backdoor",
         )
-    if scenario.compression.kind != "none":
-        yield Problem(
-            "attack.kind",
-            "it falsifies heads as they are, and compression packs them",
-            repr(attack.kind),
-            'label_flip, backdoor, or compression.kind = "none"',
-        )
 
 
 def _closed_form(scenario: Scenario) -> Iterator[Problem]:
@@ -318,7 +311,18 @@ def _every_answer(scenario: Scenario) -> Iterator[Problem]:
         )
 
 
+def _everybody(scenario: Scenario) -> Iterator[Problem]:
+    if scenario.strategy.name == "lbfgs" and scenario.clients.fraction < 1:
+        yield Problem(
+            "clients.fraction",
+            '"lbfgs" needs every client\'s gradient: a sample has another objective each round',
+            f"{scenario.clients.fraction:g}",
+            "1",
+        )
+
+
 RULES = (
     _source, _partition, _backbone, _references, _participation,
     _known_cohort, _trusted, _attack, _closed_form, _compression, _local_steps, _every_answer,
+    _everybody,
 )  # fmt: skip

@@ -24,7 +24,8 @@ from fedtl.scenario.sections import (
     Section,
     Width,
 )
-from fedtl.scenario.strategies import Attack, Compression, FedAvg, Strategy
+from fedtl.scenario.strategies import FedAvg, Strategy
+from fedtl.scenario.updates import Attack, Compression
 
 
 class Data(Section):

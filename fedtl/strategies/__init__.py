@@ -10,7 +10,21 @@ from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, Fed
 from fedtl.strategies.base import ServerState, Strategy
 from fedtl.strategies.class_means import CCVR, FedCOF, FedLDA, FedNCM
 from fedtl.strategies.closed_form import AFL, Fed3R
+from fedtl.strategies.drift import FedDyn, FedExP, FedNova, Mime, QFedAvg, Scaffold
+from fedtl.strategies.exact import Lbfgs
 from fedtl.strategies.flower_adapter import FlowerStrategy
+from fedtl.strategies.personal import (
+    APFL,
+    Ditto,
+    FedBABU,
+    FedPer,
+    FedRep,
+    FineTune,
+    KnnPer,
+    LGFedAvg,
+    PersonalRidge,
+    PFedMe,
+)
 from fedtl.strategies.robust import (
     Bulyan,
     FLTrust,
@@ -22,6 +36,7 @@ from fedtl.strategies.robust import (
     TrimmedMean,
 )
 from fedtl.strategies.warm_start import WarmStart
+from fedtl.types import Task
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -30,6 +45,13 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
+    "scaffold": Scaffold,
+    "feddyn": FedDyn,
+    "fednova": FedNova,
+    "fedexp": FedExP,
+    "mime": Mime,
+    "qfedavg": QFedAvg,
+    "lbfgs": Lbfgs,
     "fed3r": Fed3R,
     "afl": AFL,
     "fedncm": FedNCM,
@@ -44,10 +66,30 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "geometric_median": GeometricMedian,
     "fltrust": FLTrust,
     "norm_clip": NormClip,
+    "finetune": FineTune,
+    "fedper": FedPer,
+    "lgfedavg": LGFedAvg,
+    "fedrep": FedRep,
+    "fedbabu": FedBABU,
+    "ditto": Ditto,
+    "pfedme": PFedMe,
+    "apfl": APFL,
+    "knnper": KnnPer,
+    "personal_ridge": PersonalRidge,
     "flower": FlowerStrategy,
 }
 
-__all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy"]
+__all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy", "tasks_of"]
+
+
+def tasks_of(scenario: Scenario) -> list[Task]:
+    """What clients will be asked to do, so that they can be told before they join."""
+    name = scenario.strategy.name
+    if name == "lbfgs":
+        return ["gradient"]
+    if hasattr(STRATEGIES[name], "absorb"):
+        return ["statistics"]
+    return ["statistics", "train"] if scenario.head.initial == "fed3r" else ["train"]
 
 
 def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:

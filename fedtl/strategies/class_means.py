@@ -10,6 +10,8 @@ same algebra as eq. 3; it shrinks them, and the new head is trained to the optim
 small weight decay so that there is one, instead of by SGD from the federated head. FedCOF's
 pseudo-inverse is a Cholesky factor where the matrix has an inverse. Classes without examples: see
 ``closed_form.ABSENT``.
+
+What a client sends for a class of which it has a single example is that example's features.
 """
 
 from __future__ import annotations

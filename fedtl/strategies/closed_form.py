@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.linalg import lapack
 
 from fedtl import seeding
-from fedtl.clients.statistics import one_blas_thread, unpack_symmetric
+from fedtl.clients.statistics import fourier_map, one_blas_thread, unpack_symmetric
 from fedtl.errors import InputError
 from fedtl.strategies.base import ServerState
 from fedtl.types import (
@@ -155,8 +155,9 @@ class Fed3R(OneShot):
     """Ridge regression onto one-hot labels; on a bias as on any other weight.
 
     With ``normalise`` a class's column is divided by its length, its bias by the same; scores are
-    divided by ``temperature`` (the authors' 0.1) for a softmax. With random features the head given
-    to ``init`` must be [C, R] wide.
+    divided by ``temperature`` (the authors' 0.1) for a softmax. With random features the head is
+    ``weight`` [C, R] over z = sqrt(2/R) cos(x Omega + b), with Omega^T and b beside it as
+    ``fourier.weight`` [R, D] and ``fourier.bias`` [R].
     """
 
     ridge: float = 0.01
@@ -176,16 +177,19 @@ class Fed3R(OneShot):
         )
 
     def init(self, head: Head, num_clients: int) -> ServerState:
-        """As for all, and refuses a head of another width than the random features."""
-        width = head["weight"].shape[1]
-        if self.random_features and width != self.random_features:
-            raise InputError(
-                "the head has another width than the random features",
-                where="strategy.random_features",
-                got=width,
-                allowed=self.random_features,
-            )
-        return super().init(head, num_clients)
+        """As for all; with random features the head has their map in front, and R columns."""
+        if not self.random_features:
+            return super().init(head, num_clients)
+        asked = self.asked()
+        num_classes, num_features = head["weight"].shape
+        omega, shift = fourier_map(num_features, asked.random_features, asked.scale, asked.key)
+        mapped = {
+            **head,
+            "weight": np.zeros((num_classes, self.random_features), np.float32),
+            "fourier.weight": np.ascontiguousarray(omega.T, np.float32),
+            "fourier.bias": shift.astype(np.float32),
+        }
+        return super().init(mapped, num_clients)
 
     def solved(self, slots: Sums) -> Solved:
         """(A + ridge I)^-1 B, scaled."""

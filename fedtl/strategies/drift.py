@@ -40,6 +40,8 @@ TOTAL = "total."
 MASS = "mass"
 """Slot of each client's unnormalised weight, int64 [K]: its examples, or 1; -1 while unknown."""
 UNKNOWN = -1
+BLOCK = 8
+"""Clients whose variates are renewed at once: the work on 8 heads of 512 x 10 stays in a cache."""
 LEAST_LOSS = 1e-10
 """A loss of 0 has no power below 1; the authors' code adds as much."""
 
@@ -66,13 +68,17 @@ class Scaffold(FedAvg):
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """FedAvg's step, and the variates of who answered."""
-        mean, pull, rate = _mean_variate(state), applied_steps(updates), _rate(updates)
+        mean, steps = _mean_variate(state), applied_steps(updates) * _rate(updates)
 
-        def own(name: str, place: int, before: Float32) -> npt.NDArray[np.floating]:
-            if updates.num_examples[place] == 0:  # took no step: there is no gradient to learn of
-                return before
-            way = state.head[name] - updates.tensors[name][place].astype(np.float64)
-            return np.asarray(way / (pull[place] * rate) - _difference(mean[name], before))
+        def own(name: str, part: slice, before: Float32) -> npt.NDArray[np.floating]:
+            way: Float64 = np.subtract(
+                state.head[name], updates.tensors[name][part], dtype=np.float64
+            )
+            way *= (1 / steps[part]).reshape(-1, *[1] * (way.ndim - 1))
+            way -= _difference(mean[name], before)
+            idle = updates.num_examples[part] == 0  # no step, so no gradient to learn of
+            way[idle] = before[idle]
+            return way
 
         kept = _keep(state, updates, self.weighting, own)
         return replace(super().step(state, updates), slots=kept)
@@ -106,9 +112,13 @@ class FedDyn:
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """The variates of who answered, and then the head from the mean of all of them."""
 
-        def own(name: str, place: int, before: Float32) -> npt.NDArray[np.floating]:
-            way = updates.tensors[name][place].astype(np.float64) - state.head[name]
-            return np.asarray(before - self.alpha * way)
+        def own(name: str, part: slice, before: Float32) -> npt.NDArray[np.floating]:
+            way: Float64 = np.subtract(
+                updates.tensors[name][part], state.head[name], dtype=np.float64
+            )
+            way *= -self.alpha
+            way += before
+            return way
 
         kept = _keep(state, updates, self.weighting, own)
         mean = _mean_variate(ServerState(state.head, kept))
@@ -278,7 +288,8 @@ def _squares(head: Head, updates: ClientUpdates) -> Float64:
 
 
 def _difference(mean: Float64, own: Float32) -> Float32:
-    return (mean - own).astype(np.float32)
+    """Theirs from one, subtracted in float64 and rounded once."""
+    return np.subtract(mean, own, out=np.empty_like(own), casting="same_kind")
 
 
 def _variates(head: Head, num_clients: int) -> Slots:
@@ -302,18 +313,26 @@ def _keep(
     state: ServerState,
     updates: ClientUpdates,
     weighting: Weighting,
-    own: Callable[[str, int, Float32], npt.NDArray[np.floating]],
+    own: Callable[[str, slice, Float32], npt.NDArray[np.floating]],
 ) -> Slots:
-    """The slots with new variates for who answered: ``own`` of a tensor's name, a place among the
-    updates and the variate before."""
+    """The slots with new variates for who answered.
+
+    Args:
+        own: new variates [b, ...] from a tensor's name, places among the updates and the variates
+            before.
+    """
     mass = state.slots[MASS].copy()
     mass[updates.clients] = updates.num_examples if weighting == "examples" else 1
     slots: Slots = {MASS: mass}
     for name in state.head:
         variates, total = state.slots[OWN + name].copy(), state.slots[TOTAL + name].copy()
-        for place, client in enumerate(updates.clients.tolist()):
-            before = variates[client].astype(np.float64)
-            variates[client] = own(name, place, variates[client])
-            total += mass[client] * (variates[client] - before)
+        for first in range(0, len(updates.clients), BLOCK):
+            part = slice(first, first + BLOCK)
+            clients = updates.clients[part]
+            before = variates[clients]
+            variates[clients] = own(name, part, before)
+            gained = variates[clients].astype(np.float64)
+            gained -= before
+            total += np.einsum("k,k...->...", mass[clients].astype(np.float64), gained)
         slots[OWN + name], slots[TOTAL + name] = variates, total
     return slots

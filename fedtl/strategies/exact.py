@@ -12,9 +12,9 @@ Sources: L-BFGS with two-loop recursion and scaling s'y / y'y, Liu and Nocedal 1
 Programming 45); sufficient decrease and cubic interpolation, Nocedal and Wright, Numerical
 Optimization (2nd ed.), 3.4, 3.6a and 3.59; decrease that rounding hides, Hager and Zhang 2005 (SIAM
 J. Optim. 16), 4.3, taken only where the gradient's largest entry falls, as float32 heads could
-wander for ever otherwise. Deviations: the search asks for one evaluation a round, so that it is a state
-machine over rounds; the first step has length 1; trial heads are float32, as clients are sent them,
-and steps are measured between them, so that what is evaluated is what is meant.
+wander for ever otherwise. Deviations: the search asks for one evaluation a round, so that it is a
+state machine over rounds; the first step has length 1; trial heads are float32, as clients are sent
+them, and steps are measured between them, so that what is evaluated is what is meant.
 
 Who is missing would change the objective: a round in which a client is missing that had answered
 before teaches nothing and asks the same again. A client that answers for the first time begins the

@@ -42,8 +42,12 @@ from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import ServerState, Weighting, client_weights, mean_delta
 from fedtl.types import ClientUpdates, Float32, Float64, Head, Int64
 
-CHUNK_BYTES = 2**22
-"""Of the updates that are looked at by column at a time: 4 MiB stay in a core's cache."""
+CHUNK_BYTES = 2**23
+"""Of Delta that are held as float64 at a time."""
+
+BLOCK_BYTES, COLUMNS = 2**18, 64
+"""Coordinates are combined a block at a time (of at least so many columns) and sorted so many
+columns at a time: small enough for a core's second and first cache with 100 clients."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,9 @@ class Bulyan(FedAvg):
     def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
         count, f = len(updates.clients), self.malicious
         _require("bulyan", count, f)
-        chosen = _repeated_krum(square_distances(state.head, updates), f, count - 2 * f)
-        return _by_column(
-            state.head, updates, lambda block: _near_median(block[:, chosen], count - 4 * f)
-        )
+        chosen = repeated_krum(square_distances(state.head, updates), f, count - 2 * f)
+        kept = {name: updates.tensors[name][chosen] for name in state.head}
+        return _by_column(state.head, kept, lambda values: _near_median(values, count - 4 * f))
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Median(FedAvg):
 
     def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
         cut = (len(updates.clients) - 1) // 2
-        return _by_column(state.head, updates, lambda block: _trimmed(block, cut))
+        return _by_column(state.head, updates.tensors, lambda values: _middle(values, cut))
 
 
 @dataclass(frozen=True)
@@ -127,24 +130,29 @@ class TrimmedMean(FedAvg):
 
     def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
         cut = trimmed_clients(self.trim, len(updates.clients))
-        return _by_column(state.head, updates, lambda block: _trimmed(block, cut))
+        return _by_column(state.head, updates.tensors, lambda values: _middle(values, cut))
 
 
 @dataclass(frozen=True)
-class GeometricMedian(FedAvg):
+class GeometricMedian(Reweighted):
     """The point with the least weighted sum of distances, by ``iterations`` Weiszfeld steps."""
 
     iterations: int = 8
     nu: float = 1e-6
 
-    def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
-        weights = client_weights(updates, self.weighting)
-        point = {name: np.zeros(tensor.shape) for name, tensor in state.head.items()}
+    def shares(self, head: Head, updates: ClientUpdates) -> Float64:
+        """beta_k = p_k / max(nu, |v - Delta_k|) over their sum, at the last point v.
+
+        All points are sums s_k Delta_k, so the distances follow from the Gram matrix G:
+        |v - Delta_k|^2 = s^T G s - 2 (G s)_k + G_kk.
+        """
+        weights, gram = client_weights(updates, self.weighting), products(head, updates)
+        shares = np.zeros(len(weights))
         for _ in range(self.iterations):
-            distances = lengths(state.head, updates, point)
-            shares = _normalised(weights / np.maximum(self.nu, distances))
-            point = mean_delta(state.head, updates, shares)
-        return point
+            along = gram @ shares
+            squares = shares @ along - 2 * along + gram.diagonal()
+            shares = _normalised(weights / np.maximum(self.nu, np.sqrt(np.maximum(0, squares))))
+        return shares
 
 
 @dataclass(frozen=True)
@@ -160,15 +168,16 @@ class FLTrust(Reweighted):
 
     def shares(self, head: Head, updates: ClientUpdates) -> Float64:
         """ReLU(cos(Delta_k, g_0)) |g_0| / |Delta_k| over the sum of the ReLU(cos)."""
+        shares = np.zeros(len(updates.clients))
         places = np.flatnonzero(updates.clients == self.root)
-        own = lengths(head, updates)
-        shares = np.zeros(len(own))
-        if not len(places) or own[places[0]] == 0:
+        if not len(places):
             return shares
-        root = int(places[0])
-        moved = np.flatnonzero((own > 0) & (np.arange(len(own)) != root))
-        cosines = _products(head, updates, root)[moved] / (own[moved] * own[root])
-        shares[moved] = _normalised(np.maximum(0, cosines)) * (own[root] / own[moved])
+        own, along = lengths(head, updates), products_with(head, updates, int(places[0]))
+        measure = own[places[0]]
+        moved = np.flatnonzero((own > 0) & (updates.clients != self.root))
+        if measure > 0:
+            trust = np.maximum(0, along[moved] / (own[moved] * measure))
+            shares[moved] = _normalised(trust) * (measure / own[moved])
         return shares
 
 
@@ -207,93 +216,101 @@ def krum_scores(distances: Float64, malicious: int) -> Float64:
     return np.asarray(others[:, : max(1, len(others) - malicious - 2)].sum(axis=1))
 
 
-def square_distances(head: Head, updates: ClientUpdates) -> Float64:
-    """Squared distances between all updates, float64 [k, k], symmetric bit for bit.
+def products(head: Head, updates: ClientUpdates) -> Float64:
+    """The Gram matrix <Delta_i, Delta_j>, float64 [k, k], symmetric bit for bit.
 
-    From the Gram matrix, a few coordinates at a time. Their median is taken off first: what is left
-    of honest updates is as small as they differ, however far away a liar is, so that nothing
-    cancels that matters.
+    What cancels in distances |Delta_i - Delta_j|^2 made of it is 2^-52 |Delta|^2, and updates that
+    came as float32 are themselves known to 2^-24 |Delta| only: it is never more than that hides.
+    Liars far away do no harm to the products of the others. The last bits depend on how many
+    threads NumPy's BLAS uses, which no key of a scenario changes.
     """
     gram = np.zeros((len(updates.clients),) * 2)
-    for _, _, block in _columns(head, updates):
-        centred = block - np.median(block, axis=1).astype(np.float64)[:, None]
-        gram += centred.T @ centred
+    for deltas in _deltas(head, updates):
+        gram += deltas @ deltas.T
+    return gram
+
+
+def products_with(head: Head, updates: ClientUpdates, place: int) -> Float64:
+    """<Delta_k, Delta_place>, float64 [k]."""
+    return np.asarray(sum(np.einsum("kc,c->k", x, x[place]) for x in _deltas(head, updates)))
+
+
+def lengths(head: Head, updates: ClientUpdates) -> Float64:
+    """|Delta_k|, float64 [k]."""
+    squares = sum(np.einsum("kc,kc->k", x, x) for x in _deltas(head, updates))
+    return np.asarray(np.sqrt(squares))
+
+
+def square_distances(head: Head, updates: ClientUpdates) -> Float64:
+    """Squared distances between all updates, float64 [k, k], symmetric bit for bit."""
+    gram = products(head, updates)
     squares = gram.diagonal()
     return np.maximum(0.0, squares[:, None] + squares - 2 * gram)
 
 
-def lengths(
-    head: Head, updates: ClientUpdates, point: Mapping[str, Float64] | None = None
-) -> Float64:
-    """|Delta_k - point|, float64 [k]; ``point`` is 0 where none is given."""
-    squares = np.zeros(len(updates.clients))
-    for name, start in head.items():
-        base = start.astype(np.float64) if point is None else start + point[name]
-        for place, tensor in enumerate(updates.tensors[name]):
-            squares[place] += np.square(tensor - base).sum()
-    return np.sqrt(squares)
-
-
-def _products(head: Head, updates: ClientUpdates, root: int) -> Float64:
-    """<Delta_k, Delta_root>, float64 [k]."""
-    products = np.zeros(len(updates.clients))
-    for name, start in head.items():
-        base = start.astype(np.float64)
-        measure = updates.tensors[name][root] - base
-        for place, tensor in enumerate(updates.tensors[name]):
-            products[place] += ((tensor - base) * measure).sum()
-    return products
-
-
-def _repeated_krum(distances: Float64, malicious: int, wanted: int) -> Int64:
+def repeated_krum(distances: Float64, malicious: int, wanted: int) -> Int64:
     """Krum's choice, removed, and again, ``wanted`` times: places, int64, ascending."""
-    left = np.arange(len(distances))
-    for _ in range(wanted):
-        scores = krum_scores(distances[np.ix_(left, left)], malicious)
-        left = np.delete(left, np.argmin(scores))
-    return np.setdiff1d(np.arange(len(distances)), left)
+    from fedtl.strategies.repeated_krum import choose
+
+    others = distances.copy()
+    np.fill_diagonal(others, np.inf)
+    chosen = np.zeros(wanted, np.int64)
+    choose(distances, np.argsort(others, axis=1)[:, :-1], malicious, chosen)
+    return np.sort(chosen)
 
 
-def _columns(head: Head, updates: ClientUpdates) -> Iterator[tuple[str, slice, Float32]]:
-    """All coordinates of the updates in chunks: tensor, place in it, and values [c, k] (a copy)."""
+def _deltas(head: Head, updates: ClientUpdates) -> Iterator[Float64]:
+    """All Delta_k as float64 [k, c], some coordinates at a time."""
     count = len(updates.clients)
-    at_a_time = max(1, CHUNK_BYTES // (4 * count))
-    for name in head:
-        flat = updates.tensors[name].reshape(count, -1)
-        for first in range(0, flat.shape[1], at_a_time):
-            part = slice(first, first + at_a_time)
-            yield name, part, np.ascontiguousarray(flat[:, part].T)
+    at_a_time = max(1, CHUNK_BYTES // (8 * count))
+    for name, start in head.items():
+        flat, base = updates.tensors[name].reshape(count, -1), start.ravel().astype(np.float64)
+        for part in _parts(base.size, at_a_time):
+            yield flat[:, part] - base[part]
 
 
 def _by_column(
-    head: Head, updates: ClientUpdates, combine: Callable[[Float32], Float64]
+    head: Head, tensors: Mapping[str, Float32], combine: Callable[[Float32], Float64]
 ) -> dict[str, Float64]:
-    """A rule for numbers ([c, k] -> [c]) on each coordinate of the updates, minus the head's.
+    """A rule for sorted numbers ([k, c] -> [c]) on each coordinate, minus the head's.
 
     All such rules move with their values, so nothing is subtracted from each of them.
     """
     combined = {name: np.empty(tensor.size) for name, tensor in head.items()}
-    for name, part, block in _columns(head, updates):
-        combined[name][part] = combine(block)
+    for name, result in combined.items():
+        count = len(tensors[name])
+        flat, at_a_time = tensors[name].reshape(count, -1), BLOCK_BYTES // (4 * count)
+        for part in _parts(result.size, max(COLUMNS, at_a_time)):
+            block = flat[:, part].copy()
+            for columns in _parts(block.shape[1], COLUMNS):
+                block[:, columns].sort(axis=0)
+            result[part] = combine(block)
     return {name: combined[name].reshape(head[name].shape) - head[name] for name in head}
 
 
-def _trimmed(block: Float32, cut: int) -> Float64:
-    """Mean along the last axis without the ``cut`` lowest and highest; reorders ``block``."""
-    stop = block.shape[1] - cut
-    block.partition((cut, stop - 1), axis=1)
-    return np.asarray(block[:, cut:stop].mean(axis=1, dtype=np.float64))
+def _parts(size: int, length: int) -> Iterator[slice]:
+    return (slice(first, first + length) for first in range(0, size, length))
 
 
-def _near_median(block: Float32, count: int) -> Float64:
-    """Mean of the ``count`` values nearest to the median, along the last axis.
+def _middle(values: Float32, cut: int) -> Float64:
+    """Mean over the first axis without the ``cut`` first and last."""
+    return np.asarray(values[cut : len(values) - cut].mean(axis=0, dtype=np.float64))
 
-    Of two equally near ones the lower counts, whoever sent it.
+
+def _near_median(values: Float32, count: int) -> Float64:
+    """Mean of the ``count`` values nearest to the median, over the first, sorted axis.
+
+    They are neighbours; of two equally near ones the lower counts, whoever sent it.
     """
-    values = np.sort(block, axis=1).astype(np.float64)
-    apart = np.abs(values - np.median(values, axis=1, keepdims=True))
-    nearest = np.argsort(apart, axis=1, kind="stable")[:, :count]
-    return np.asarray(np.take_along_axis(values, nearest, axis=1).mean(axis=1))
+    cut = len(values) - count
+    median = _middle(values, (len(values) - 1) // 2)
+    farthest = np.maximum(median - values[: cut + 1], values[count - 1 :] - median)
+    first = farthest.argmin(axis=0)
+    # whatever the window, its middle is in it: only the ends are chosen from
+    ends = np.r_[:cut, max(cut, count) : len(values)]
+    inside = (ends[:, None] >= first) & (ends[:, None] < first + count)
+    chosen = values[ends].sum(axis=0, dtype=np.float64, where=inside)
+    return np.asarray((values[cut:count].sum(axis=0, dtype=np.float64) + chosen) / count)
 
 
 def _normalised(shares: Float64) -> Float64:

@@ -105,7 +105,7 @@ def test_one_shot_statistics_give_the_pooled_head_for_any_number_of_clients(clie
 
 
 def recursion(population: Population, gamma: float = 1.0) -> np.ndarray:
-    """AFL as its authors wrote it: local ridge heads merged pairwise, the gammas removed at last."""
+    """AFL as its authors wrote it: local ridge heads merged pairwise, then without gammas."""
     merged, gram = np.zeros((16, 8)), np.zeros((16, 16))
     for k in range(population.num_clients):
         data = population.client(k)
@@ -174,9 +174,7 @@ def test_fedcofs_gram_is_the_true_one_without_the_scatter_between_classes() -> N
     sums, counts = np.zeros((50, 3, 4)), np.zeros((50, 3), np.int64)
     sums[np.arange(50), y], counts[np.arange(50), y] = x, 1
     mean = x.mean(axis=0)
-    between = sum(
-        (y == c).sum() * np.outer(*[x[y == c].mean(axis=0) - mean] * 2) for c in range(3)
-    )
+    between = sum((y == c).sum() * np.outer(*[x[y == c].mean(axis=0) - mean] * 2) for c in range(3))
     np.testing.assert_allclose(
         estimated_gram(sums, counts, 0.0), x.T @ x - between, rtol=0, atol=1e-12
     )
@@ -223,9 +221,7 @@ def test_leaving_out_and_forgetting_equal_training_without_to_the_last_digits() 
         own = sums(slice(bounds[k], bounds[k + 1]))
         left, _ = ridge_weights({name: total[name] - own[name] for name in total}, 0.01)
         keep = np.r_[0 : bounds[k], bounds[k + 1] : len(x)]
-        direct = np.linalg.solve(
-            x[keep].T @ x[keep] + 0.01 * np.eye(16), x[keep].T @ y[keep]
-        )
+        direct = np.linalg.solve(x[keep].T @ x[keep] + 0.01 * np.eye(16), x[keep].T @ y[keep])
         assert np.linalg.norm(left - direct) < 1e-12 * np.linalg.norm(direct)
         rows = slice(bounds[k], bounds[k + 1])
         slow = np.square(x[rows] @ direct - y[rows]).sum()

@@ -8,7 +8,7 @@ import pytest
 from fedtl.clients.attacks import alie_z, lie, poison
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.training import train_clients
-from fedtl.scenario.strategies import Attack
+from fedtl.scenario.updates import Attack
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.robust import (
     Bulyan,

@@ -14,7 +14,7 @@ from fedtl.types import LocalTraining, Population, RoundPlan, Rows, Statistics
 
 N, D, C = 120, 7, 3
 HEAD = {"weight": np.zeros((C, D), np.float32), "bias": np.zeros(C, np.float32)}
-STRATEGIES = [Fed3R(), Fed3R(random_features=D, scale=0.5), AFL(), FedNCM(), FedLDA(), CCVR()]
+STRATEGIES = [Fed3R(), Fed3R(random_features=11, scale=0.5), AFL(), FedNCM(), FedLDA(), CCVR()]
 
 
 def deal(rows: np.ndarray, sizes: list[int], scale: float) -> Population:
@@ -40,7 +40,7 @@ def summed(strategy: OneShot, population: Population, order: list[int]) -> Serve
     for client in order:
         plan = RoundPlan(1, np.array([client]), np.zeros(1, np.uint64), training)
         state = strategy.absorb(
-            state, statistics(population, HEAD, strategy.plan(state, plan))
+            state, statistics(population, state.head, strategy.plan(state, plan))
         )
     return state
 
@@ -84,7 +84,12 @@ def test_nothing_honest_is_refused(dealt, asked) -> None:
     population = deal(np.argsort(owner, kind="stable"), sizes.tolist(), 1.0)
     ids = np.arange(6)
     plan = RoundPlan(
-        1, ids, np.zeros(6, np.uint64), LocalTraining(1, 1, 0.1), task="statistics", statistics=asked
+        1,
+        ids,
+        np.zeros(6, np.uint64),
+        LocalTraining(1, 1, 0.1),
+        task="statistics",
+        statistics=asked,
     )
     got = statistics(population, HEAD, plan)
     for k in range(6):

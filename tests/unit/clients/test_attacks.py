@@ -11,7 +11,7 @@ from fedtl.clients.attacks import alie_z, backdoor_success, liars, lie, poison, 
 from fedtl.clients.training import train_clients
 from fedtl.errors import InputError
 from fedtl.scenario.compatibility import UPDATE_ATTACKS
-from fedtl.scenario.strategies import Attack
+from fedtl.scenario.updates import Attack
 from fedtl.types import LocalTraining, RoundPlan
 
 NAMES = tuple(f"client-{i}" for i in range(20))

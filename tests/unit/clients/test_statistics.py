@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -155,3 +156,30 @@ def test_random_features_approach_the_gaussian_kernel() -> None:
     z = np.sqrt(2 / 20000) * np.cos(x @ omega + shift)
     expected = np.exp(-0.49 * np.square(x[0] - x[1]).sum() / 2)
     assert abs(z[0] @ z[1] - expected) < 4 / np.sqrt(20000)  # four standard errors
+
+
+def test_memory_follows_the_gram_matrix_and_not_the_rows() -> None:
+    width, rng = 400, np.random.default_rng(0)
+    gram = 8 * (width + 1) ** 2
+
+    def peak(rows: int) -> int:
+        none = np.zeros(2, np.int64)
+        population = Population(
+            rng.standard_normal((rows, width), np.float32),
+            np.zeros(rows, np.int32),
+            ("a", "b"),
+            Rows(np.arange(rows), np.array([0, rows])),
+            Rows(none[:0], none),
+            ("one",),
+            ("",),
+        )
+        tracemalloc.start()
+        statistics(population, zero_head(2, width), plan_for([0], Statistics()), threads=2)
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return held
+
+    few, many = peak(1000), peak(5000)
+    # The answer is half a Gram matrix, a block of rows 1.3, the products of two threads 0.8.
+    assert few < 4 * gram
+    assert many - few < 0.2 * gram

@@ -41,6 +41,9 @@ class Everybody:
             raise NotPrepared("this client was restarted")
         return self.whole
 
+    def consent(self, plan) -> None:
+        pass
+
     def store(self) -> None:
         return None
 

@@ -49,6 +49,9 @@ class OneClientHere:
             raise NotPrepared("this client was restarted")
         return self._own
 
+    def consent(self, plan) -> None:
+        pass
+
     def store(self):
         return None
 

@@ -30,7 +30,7 @@ C, D, K = 4, 6, 5
 ALL = [
     Fed3R(),
     Fed3R(bias=False, normalise=False, temperature=1.0),
-    Fed3R(random_features=D, scale=0.4),  # as wide as the head that every case here has
+    Fed3R(random_features=11, scale=0.4),
     AFL(),
     AFL(clean=False),
     FedNCM(),
@@ -39,8 +39,7 @@ ALL = [
     CCVR(samples=20),
     FedCOF(),
 ]
-SHAPES = {"weight": (C, D), "bias": (C,)}
-HEAD = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+HEAD = {"weight": np.zeros((C, D), np.float32), "bias": np.zeros(C, np.float32)}
 
 
 def people(seed: int = 0, sizes: tuple[int, ...] = (40, 1, 25, 60, 9), classes: int = C):
@@ -68,7 +67,7 @@ def run(strategy: OneShot, population, groups=None):
     state = strategy.init(HEAD, population.num_clients)
     for clients in groups or [range(population.num_clients)]:
         plan = asked(strategy, state, clients)
-        state = strategy.absorb(state, statistics(population, HEAD, plan))
+        state = strategy.absorb(state, statistics(population, state.head, plan))
     return strategy.solve(state)
 
 
@@ -82,16 +81,16 @@ def test_step_is_pure_and_ends_the_run(strategy) -> None:
     population = people()
     start = strategy.init(HEAD, K)
     kept = {name: tensor.copy() for name, tensor in start.slots.items()}
-    given = statistics(population, HEAD, asked(strategy, start, range(K)))
+    given = statistics(population, start.head, asked(strategy, start, range(K)))
     first, again = strategy.step(start, given), strategy.step(start, given)
     for name, tensor in kept.items():
         assert start.slots[name].tobytes() == tensor.tobytes()
         assert first.slots[name].tobytes() == again.slots[name].tobytes()
         assert first.slots[name].shape == tensor.shape
         assert first.slots[name].dtype == tensor.dtype
-    for name, shape in SHAPES.items():
+    for name, tensor in start.head.items():
         assert first.head[name].tobytes() == again.head[name].tobytes()
-        assert first.head[name].shape == shape
+        assert first.head[name].shape == tensor.shape
         assert first.head[name].dtype == np.float32
         assert np.isfinite(first.head[name]).all()
         assert first.head[name].flags.c_contiguous  # or a file would hold it transposed
@@ -108,7 +107,7 @@ def test_late_clients_are_added_and_nobody_is_asked_twice(strategy) -> None:
     plan = asked(strategy, state, [0, 2, 4])
     assert plan.clients.tolist() == [4]
     assert plan.task == "statistics"
-    late = strategy.step(state, statistics(population, HEAD, plan))
+    late = strategy.step(state, statistics(population, state.head, plan))
     assert strategy.finished(late)
     for name in HEAD:
         np.testing.assert_allclose(late.head[name], at_once.head[name], rtol=2e-6, atol=1e-6)
@@ -118,7 +117,7 @@ def test_late_clients_are_added_and_nobody_is_asked_twice(strategy) -> None:
 def test_who_is_forgotten_was_never_there(strategy) -> None:
     population = people()
     whole = run(strategy, population)
-    own = statistics(population, HEAD, asked(strategy, strategy.init(HEAD, K), [3]))
+    own = statistics(population, whole.head, asked(strategy, strategy.init(HEAD, K), [3]))
     left = strategy.solve(strategy.forget(whole, own))
     never = run(strategy, population, [[0, 1, 2, 4]])
     for name, tensor in never.slots.items():
@@ -138,7 +137,11 @@ def test_a_class_nobody_has_is_never_predicted(strategy) -> None:
     head = run(strategy, population).head
     assert head["bias"][C - 1] == np.float32(ABSENT)
     assert not head["weight"][C - 1].any()
-    scores = rows_of(population)[0] @ head["weight"].T.astype(np.float64) + head["bias"]
+    z = rows_of(population)[0]
+    if "fourier.weight" in head:
+        omega = head["fourier.weight"]
+        z = np.sqrt(2 / len(omega)) * np.cos(z @ omega.T + head["fourier.bias"])
+    scores = z @ head["weight"].T.astype(np.float64) + head["bias"]
     assert set(scores.argmax(axis=1)) == {0, 1, 2}
 
 
@@ -182,17 +185,17 @@ def test_fed3r_is_ridge_regression_with_scaled_columns() -> None:
 
 
 def test_fed3r_on_random_features_is_ridge_on_what_the_map_gives() -> None:
-    strategy = Fed3R(random_features=D, scale=0.4, ridge=0.2, normalise=False, temperature=1.0)
+    strategy = Fed3R(random_features=11, scale=0.4, ridge=0.2, normalise=False, temperature=1.0)
+    head = run(strategy, people()).head
     x, y = rows_of(people())
-    from fedtl.clients.statistics import fourier_map
-
-    omega, shift = fourier_map(D, D, 0.4, strategy.asked().key)
-    z = np.c_[np.sqrt(2 / D) * np.cos(x @ omega + shift), np.ones(len(x))]
-    w = np.linalg.solve(z.T @ z + 0.2 * np.eye(D + 1), z.T @ np.eye(C)[y])
-    np.testing.assert_allclose(run(strategy, people()).head["weight"], w[:-1].T, rtol=1e-5)
-    assert strategy.asked().key != replace(strategy, seed=1).asked().key
-    with pytest.raises(InputError, match="random_features"):
-        Fed3R(random_features=D + 1).init(HEAD, K)
+    omega, shift = head["fourier.weight"].astype(np.float64), head["fourier.bias"]
+    assert omega.shape == (11, D)
+    z = np.c_[np.sqrt(2 / 11) * np.cos(x @ omega.T + shift), np.ones(len(x))]
+    w = np.linalg.solve(z.T @ z + 0.2 * np.eye(12), z.T @ np.eye(C)[y])
+    np.testing.assert_allclose(head["weight"], w[:-1].T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(head["bias"], w[-1], rtol=1e-5, atol=1e-6)
+    other = replace(strategy, seed=1).init(HEAD, K).head
+    assert other["fourier.weight"].tobytes() != head["fourier.weight"].tobytes()
 
 
 def test_a_singular_matrix_takes_the_pseudo_inverse_and_says_so() -> None:

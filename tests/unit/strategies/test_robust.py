@@ -144,12 +144,23 @@ def test_distances_are_right_beside_an_update_that_is_far_away(cohort) -> None:
     assert (found == found.T).all()
 
 
-def test_distances_do_not_cancel_between_updates_that_all_moved_far(updates) -> None:
-    rng = np.random.default_rng(0)
-    rows = 1e4 + rng.integers(-3, 4, (6, 15)) * 2.0**-6  # representable in float32
-    given = updates(heads(rows - np.concatenate([t.ravel() for t in HEAD.values()])))
-    slow = ((rows[:, None] - rows[None]) ** 2).sum(axis=2)
-    np.testing.assert_allclose(robust.square_distances(HEAD, given), slow, rtol=1e-9, atol=1e-12)
+def test_what_cancels_in_distances_is_less_than_float32_hides(cohort) -> None:
+    given = cohort(3)
+    for apart in (1.0, 1e-3, 1e-5):
+        tensors = {
+            n: (t[:1] + 1e3 + apart * (t - t[:1])).astype(np.float32)
+            for n, t in given.tensors.items()
+        }
+        near = replace(given, tensors=tensors)
+        nudged = replace(given, tensors={n: np.nextafter(t, np.inf) for n, t in tensors.items()})
+        nudged.tensors["bias"][:5] = tensors["bias"][:5]  # not all the same way
+        slow, other = (
+            ((rows[:, None] - rows[None]) ** 2).sum(axis=2)
+            for rows in (deltas(near), deltas(nudged))
+        )
+        off = ~np.eye(11, dtype=bool)
+        error = np.abs(robust.square_distances(HEAD, near) - slow)[off].max()
+        assert error < np.abs(other - slow)[off].max()
 
 
 def test_equal_scores_go_to_the_lower_client(updates) -> None:
@@ -163,7 +174,7 @@ def test_equal_scores_go_to_the_lower_client(updates) -> None:
     assert Krum(malicious=1).shares(HEAD, twins).tolist() == [1, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("f", "size"), [(0, 5), (1, 7), (2, 11), (2, 12)])
 def test_bulyan_chooses_again_and_again_and_averages_near_the_median(cohort, seed, f, size) -> None:
     given = cohort(seed, size)

@@ -93,6 +93,9 @@ class Actor:
     def population(self) -> Any:
         raise AssertionError
 
+    def consent(self, plan) -> None:
+        pass
+
     def store(self) -> None:
         return None
 

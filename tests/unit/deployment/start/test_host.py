@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fedtl.deployment.terms import make_terms
 from fedtl.engines.node import NotPrepared
 from fedtl.errors import FedtlError, InputError, PolicyStop, SecurityRefusal
 from fedtl.transfer.backbones import open_backbone
+from fedtl.types import LocalTraining, RoundPlan, Statistics
 
 PRIVATE = ("topsecret", "secret", "smith", "31337", "/")
 """What stands in paths, file names and cells here; no reply may hold any of it."""
@@ -303,3 +305,16 @@ def test_load_private_for_the_clients_own_eyes(draw: Any, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="no image lies as <class>/<image>") as caught:
         load_private(draw(tmp_path / "two", {"train/cat": 3, "train/dog": 1}))
     assert "--set" not in caught.value.line()
+
+
+def test_only_what_was_told_before_joining_is_done(host: Any) -> None:
+    site, mine = host
+    with pytest.raises(InputError, match="what it will ask for"):
+        mine.join(terms(site, tasks=["upload"]))
+    while mine.join(terms(site)).get("reading"):
+        pass
+    ids, keys = np.zeros(1, np.int64), np.zeros(1, np.uint64)
+    trained = RoundPlan(1, ids, keys, LocalTraining(1, 4, 0.1))
+    mine.consent(trained)
+    with pytest.raises(SecurityRefusal, match="asks for statistics"):
+        mine.consent(replace(trained, task="statistics", statistics=Statistics()))

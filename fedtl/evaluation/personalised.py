@@ -1,0 +1,59 @@
+"""What each client's own head, or predictor, is worth: beside the shared one, not in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedtl import seeding
+from fedtl.clients.personal import judge_personal
+from fedtl.clients.personal_store import PersonalStore
+from fedtl.evaluation.references import HEADS_AT_A_TIME, Judge, Judgement, judged
+from fedtl.types import ClientMetrics, Head, LocalTraining, Personal, RoundPlan, join_metrics
+
+
+def judge_personalised(
+    judge: Judge,
+    head: Head,
+    personal: Personal,
+    training: LocalTraining,
+    rounds: int,
+    seed: int,
+    store: PersonalStore | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Judgement:
+    """Each client makes what is its own of the last shared head, and is judged with it.
+
+    Args:
+        judge: where.
+        head: the last shared one.
+        personal: what clients make of it.
+        training: their local training; a fine-tuning takes its number of epochs from ``personal``.
+        rounds: how many there were.
+        seed: the scenario's; orders batches.
+        store: what the clients kept over the rounds.
+        check: called before each group of clients; may raise to stop.
+
+    Returns:
+        ``accuracy`` is over all test examples, each judged by its own client's head;
+        ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
+    """
+    own: list[ClientMetrics] = []
+    everyone: list[ClientMetrics] = []
+    for start in range(0, len(judge.clients), HEADS_AT_A_TIME):
+        check()
+        clients = judge.clients[start : start + HEADS_AT_A_TIME]
+        keys = seeding.client_keys(seed, "personal", rounds + 1, clients)
+        plan = RoundPlan(rounds + 1, clients, keys, training, personal=personal)
+        mine, abroad = judge_personal(
+            judge.population,
+            head,
+            plan,
+            judge.everyone,
+            store=store,
+            threads=judge.threads,
+            device=judge.device,
+        )
+        assert abroad is not None
+        own.append(mine)
+        everyone.append(abroad)
+    return judged(join_metrics(own), join_metrics(everyone), len(judge.everyone))
