@@ -23,7 +23,8 @@ from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
-from fedtl.types import ClientUpdates, Head
+from fedtl.strategies.base import personal_of
+from fedtl.types import ClientUpdates, Head, Personal
 
 
 class Observer(Protocol):
@@ -45,10 +46,26 @@ class Observer(Protocol):
         """The run is whole."""
 
 
-Judge = Callable[[Head, Callable[[str], None], Callable[[], None]], dict[str, Judgement]]
-"""Judges the last head and trains the references: called with the head, with what to call before
-each reference, and with what to call often (it raises to stop). Gives "federated", each reference
-by name, and "federated_sample" where the references are of some clients only."""
+@dataclass(frozen=True)
+class Outcome:
+    """What the rounds ended with.
+
+    Attributes:
+        head: the shared one.
+        personal: what each client makes of it for itself, or None.
+        rounds: how many there were.
+    """
+
+    head: Head
+    personal: Personal | None
+    rounds: int
+
+
+Judge = Callable[[Outcome, Callable[[str], None], Callable[[], None]], dict[str, Judgement]]
+"""Judges the last head and trains the references: called with the outcome, with what to call before
+each reference, and with what to call often (it raises to stop). Gives "federated", "personal" where
+clients have heads of their own, each reference by name, and "federated_sample" where the references
+are of some clients only."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +125,9 @@ def conduct(
                 folder.event("stopped", exit_code=error.exit_code, what=error.what)
                 folder.write_tables()
             raise
+        outcome = Outcome(state.result, personal_of(federation.strategy, state), done.round)
         return _conclude(
-            prepared, folder, observer, interrupts, state.result, done, started, start_seconds
+            prepared, folder, observer, interrupts, outcome, done, started, start_seconds
         )
 
 
@@ -118,12 +136,13 @@ def _conclude(
     folder: RunFolder,
     observer: Observer,
     interrupts: Interrupts,
-    head: Head,
+    outcome: Outcome,
     progress: Progress,
     started: float,
     start_seconds: float,
 ) -> dict[str, Any]:
     """Judge the final head beside its references and write everything down."""
+    head = outcome.head
     federation = prepared.federation
     scenario, roster = federation.scenario, federation.roster
 
@@ -136,7 +155,7 @@ def _conclude(
         failpoint(f"before_{reference}", scenario.rounds)
 
     began = time.perf_counter()
-    judgements = prepared.judge(head, begin, check)
+    judgements = prepared.judge(outcome, begin, check)
     references_seconds = time.perf_counter() - began
     # Where only some clients were also trained alone, the verdict is about those.
     compared = judgements.pop("federated_sample", judgements["federated"])
@@ -210,7 +229,8 @@ def _summary(
         "num_clients": roster.num_clients,
         "head_sha256": head_hash(head),
         "final": judgements["federated"].facts,
-        "references": {n: j.facts for n, j in judgements.items() if n != "federated"},
+        "personal": judgements["personal"].facts if "personal" in judgements else None,
+        "references": {n: j.facts for n, j in judgements.items() if n not in SHOWN_APART},
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "epsilon": None,
@@ -225,6 +245,10 @@ def _summary(
         },
         "backbone": {"features": roster.width, **prepared.backbone},
     }
+
+
+SHOWN_APART = ("federated", "personal")
+"""Judgements that are no references."""
 
 
 def head_hash(head: Head) -> str:

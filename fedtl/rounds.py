@@ -34,7 +34,7 @@ from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import keep_statistics
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies.base import ServerState, Strategy, Summing
+from fedtl.strategies.base import ServerState, Strategy, Summing, personal_of
 from fedtl.strategies.validation import accept_updates
 from fedtl.types import (
     ClientFailure,
@@ -278,7 +278,9 @@ def _record(
         )
     )  # fmt: skip
     last = plan.round == scenario.rounds or federation.strategy.finished(state)
-    if plan.round % scenario.evaluation.every == 0 or last:
+    own = personal_of(federation.strategy, state)
+    whole = own is None or not own.completes  # else only clients have something to judge
+    if whole and (plan.round % scenario.evaluation.every == 0 or last):
         clients = judged_clients(scenario, roster.num_clients)
         metrics = federation.engine.evaluate(state.result, clients)
         names = roster.columns(metrics.clients)

@@ -22,10 +22,11 @@ from fedtl.build import (
 )
 from fedtl.clients.attacks import backdoor_success
 from fedtl.clients.personal_store import PersonalStore
-from fedtl.conduct import Judge, Prepared
+from fedtl.conduct import Judge, Outcome, Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.evaluation import references
 from fedtl.evaluation.metrics import defined
+from fedtl.evaluation.personalised import judge_personalised
 from fedtl.evaluation.ridge import fit_ridge
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
@@ -33,7 +34,6 @@ from fedtl.planning import judged_clients, liars_of, local_training
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
-from fedtl.types import Head
 
 RIDGE = 0.01
 """Of the pooled ridge head, where the strategy has none of its own."""
@@ -137,11 +137,11 @@ def _carry_on(
         interrupts.check("interrupted while images went through the trunk")
 
     store = PersonalStore(folder.path / PERSONAL)
-    prepared = _prepare(opened, make_federation(opened, progress, store))
+    prepared = _prepare(opened, make_federation(opened, progress, store), store)
     return conduct.conduct(prepared, folder, observer, interrupts, started, allow_changes)
 
 
-def _prepare(opened: OpenedData, built: Built) -> Prepared:
+def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared:
     """What is known of the data and the backbone of a simulation, and how heads are judged."""
     examples, leaks = built.features.examples, built.leaks
     notes = list(built.features.notes)
@@ -152,7 +152,7 @@ def _prepare(opened: OpenedData, built: Built) -> Prepared:
         )
     return Prepared(
         federation=built.federation,
-        judge=_judge(built),
+        judge=_judge(built, store),
         data={
             "fingerprint": examples.fingerprint,
             "examples": len(examples),
@@ -173,15 +173,16 @@ def _prepare(opened: OpenedData, built: Built) -> Prepared:
     )
 
 
-def _judge(built: Built) -> Judge:
+def _judge(built: Built, store: PersonalStore) -> Judge:
     """The federated head and every reference, each judged twice, on the population that is here."""
     federation, population = built.federation, built.population
     scenario = federation.scenario
     section = scenario.evaluation
 
     def judge(
-        head: Head, begin: Callable[[str], None], check: Callable[[], None]
+        outcome: Outcome, begin: Callable[[str], None], check: Callable[[], None]
     ) -> dict[str, references.Judgement]:
+        head = outcome.head
         judged = judged_clients(scenario, population.num_clients)
         rows = references.everyone_rows(
             population, judged, section.everyone_examples, scenario.seed
@@ -195,6 +196,14 @@ def _judge(built: Built) -> Judge:
                 population, head, scenario.attack, lying, scenario.seed, threads=threads
             )
             found["federated"].facts["backdoor_success"] = defined(rate)
+        if outcome.personal is not None:
+            begin("personal")
+            training = local_training(scenario, 1)  # a schedule may have ended near zero
+            found["personal"] = judge_personalised(
+                place, head, outcome.personal, training, outcome.rounds, scenario.seed, store, check
+            )
+            if outcome.personal.completes:
+                found["federated"] = found["personal"]
         limit = section.reference_clients
         if len(judged) > limit and section.references:
             stream = seeding.generator(scenario.seed, "references")

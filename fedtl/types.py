@@ -234,7 +234,7 @@ class Personal:
         inner_steps: pfedme's K.
         alpha: apfl's share of the client's own head.
         adaptive: whether apfl's alpha follows its gradient.
-        neighbours, scale: knnper's.
+        neighbours, scale: knnper's; ``scale`` is also ridge's temperature.
         choices: among which the client chooses (knnper's lambdas, ridge's rhos), or the log-prior
             of every class that "prior" replaces.
     """
@@ -249,6 +249,11 @@ class Personal:
     neighbours: int = 0
     scale: float = 1.0
     choices: tuple[float, ...] = ()
+
+    @property
+    def completes(self) -> bool:
+        """Whether the shared head is no model without it."""
+        return self.method in ("fedrep", "fedbabu") or (self.method == "partial" and bool(self.local))
 
 
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedtl import seeding
-from fedtl.conduct import Judge
+from fedtl.conduct import Judge, Outcome
 from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.errors import PolicyStop
 from fedtl.evaluation.references import Judgement, for_each, judged
 from fedtl.planning import judged_clients, local_training
 from fedtl.rounds import Federation
-from fedtl.types import ClientMetrics, Head, Int64
+from fedtl.types import ClientMetrics, Int64, RoundPlan
 
 NOT_POOLED = (
     "nobody holds everybody's data, so there is no pooled reference; simulate with public data "
@@ -38,8 +38,9 @@ def judge_remotely(
     scenario = federation.scenario
 
     def judge(
-        head: Head, begin: Callable[[str], None], check: Callable[[], None]
+        outcome: Outcome, begin: Callable[[str], None], check: Callable[[], None]
     ) -> dict[str, Judgement]:
+        head = outcome.head
         clients = judged_clients(scenario, federation.roster.num_clients)
         own = engine.evaluate(head, clients)
         if not len(own.clients):
@@ -51,6 +52,15 @@ def judge_remotely(
             left = np.setdiff1d(clients, own.clients).tolist()
             note(f"not judged, as they are not there: {_names(federation, left)}")
         found = {"federated": _shared(own)}
+        if outcome.personal is not None:
+            begin("personal")
+            mine = _personal(federation, engine, own.clients, outcome)
+            if len(mine.clients):
+                found["personal"] = judged(mine, _unknown(mine), 0)
+                if outcome.personal.completes:
+                    found["federated"] = found["personal"]
+            else:
+                note("no client could make a head of its own: these are not judged")
         for name in scenario.evaluation.references:
             begin(name)
             if name in ("centralised", "ridge"):
@@ -76,6 +86,16 @@ def _alone(federation: Federation, engine: FlowerEngine, clients: Int64) -> Clie
     keys = [seeding.client_keys(scenario.seed, "local_only", r, clients) for r in rounds]
     trainings = [local_training(scenario, round) for round in rounds]
     return engine.train_alone(federation.head, trainings, np.stack(keys), clients)
+
+
+def _personal(
+    federation: Federation, engine: FlowerEngine, clients: Int64, outcome: Outcome
+) -> ClientMetrics:
+    scenario, after = federation.scenario, outcome.rounds + 1
+    keys = seeding.client_keys(scenario.seed, "personal", after, clients)
+    training = local_training(scenario, 1)  # a schedule may have ended near zero
+    plan = RoundPlan(after, clients, keys, training, personal=outcome.personal)
+    return engine.judge_personal(outcome.head, plan)
 
 
 def _shared(own: ClientMetrics) -> Judgement:

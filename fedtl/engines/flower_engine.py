@@ -164,6 +164,20 @@ class FlowerEngine:
 
         return self._metrics("alone", request, head, clients, len(trainings))
 
+    def judge_personal(self, head: Head, plan: RoundPlan) -> ClientMetrics:
+        """What each client makes of the last head for itself, judged on its own test examples.
+
+        What it makes stays where it is. Clients that did not manage are missing; sorted by id.
+
+        Args:
+            plan: ``personal`` and local training, for the round after the last.
+        """
+
+        def request(some: Int64) -> Request:
+            return train_request(plan.part(np.searchsorted(plan.clients, some)), head)
+
+        return self._metrics("personal", request, head, plan.clients)
+
     def _metrics(
         self,
         kind: str,

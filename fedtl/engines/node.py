@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedtl.clients.evaluation import evaluate_clients, evaluate_own
+from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
@@ -200,6 +201,8 @@ class Node:
             return self._evaluate(tensors)
         if kind == "alone":
             return self._alone(facts, tensors)
+        if kind == "personal":
+            return self._personal(facts, tensors)
         raise InputError("a request of an unknown kind")
 
     def _train(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
@@ -251,6 +254,20 @@ class Node:
         assert heads is not None
         metrics = evaluate_own(population, heads, here, threads=self.threads, device=self.device)
         return metrics_reply(replace(metrics, clients=clients))
+
+    def _personal(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
+        """What the clients make of the last head for themselves stays, its metrics leave."""
+        plan, head = read_plan(facts, tensors)
+        here = replace(plan, clients=self.host.ids(plan.clients))
+        metrics, _ = judge_personal(
+            self.host.population(),
+            head,
+            here,
+            store=self.host.store(),
+            threads=self.threads,
+            device=self.device,
+        )
+        return metrics_reply(replace(metrics, clients=plan.clients))
 
 
 def _echo(asked: Mapping[str, Any]) -> dict[str, Any]:

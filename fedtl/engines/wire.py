@@ -45,6 +45,7 @@ MESSAGE_TYPES: Mapping[str, str] = {
     "train": "train",
     "evaluate": "evaluate",
     "alone": "train.alone",
+    "personal": "evaluate.personal",
 }
 """What a node can be asked, and Flower's message type for it."""
 

@@ -1,13 +1,14 @@
 """Heads from class means and covariances, in one round: FedNCM, FedLDA, CCVR, FedCOF.
 
-Sources: FedNCM, Legate et al. 2023 (arXiv 2306.03937), eq. 3 and 4; FedLDA, linear discriminant
-analysis from summed statistics as in FedCGS, Guan et al. 2025; CCVR, Luo et al. 2021 (2106.05001),
-eq. 3 to 5; FedCOF, Goswami et al. 2025 (2412.14326), eq. 6 and 9, and the authors' released code.
+Sources: FedNCM, Legate et al. 2023 (arXiv 2306.03937); FedLDA, linear discriminant analysis from
+summed statistics as in FedCGS, Guan et al. 2025; CCVR, Luo et al. 2021 (2106.05001); FedCOF,
+Goswami et al. 2025 (2412.14326), Algorithm 1, and the authors' released code. Each class has its
+equation.
 
 Deviations: all sums are in float64. FedLDA inverts the within-class covariance unless told to take
 the total one (FedCGS's code does), and shrinks it. CCVR merges covariances as sums of squares, the
-same algebra as eq. 3; it shrinks them, and the new head is trained to the optimum from zero, with a
-small weight decay so that there is one, instead of by SGD from the federated head. FedCOF's
+same algebra as the paper's; it shrinks them, and the new head is trained to the optimum from zero,
+with a small weight decay so that there is one, instead of by SGD from the federated head. FedCOF's
 pseudo-inverse is a Cholesky factor where the matrix has an inverse. Classes without examples: see
 ``closed_form.ABSENT``.
 
@@ -131,7 +132,8 @@ def shrunken(covariance: Float64, shrinkage: float) -> Float64:
 class CCVR(OneShot):
     """Virtual features from a Gaussian for each class, and a softmax head trained on them.
 
-    The server holds a Gram matrix for each class: C D (D + 1) / 2 numbers.
+    S_c = (sum_k [(n_kc - 1) S_kc + n_kc mu_kc mu_kc^T] - N_c mu_c mu_c^T) / (N_c - 1). The server
+    holds a Gram matrix for each class: C D (D + 1) / 2 numbers.
     """
 
     samples: int = 200

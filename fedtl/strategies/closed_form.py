@@ -2,8 +2,9 @@
 
 Each client reports once; the server adds in float64, in client order, and solves. Who comes late is
 added without repeating the others, who leaves is subtracted (``forget``). Sources: Fed3R, Fanì et
-al. 2024 (arXiv 2402.08409), eq. 6 and Algorithm 1; AFL, He et al. 2025 (2405.16240), eq. 3, 10 and
-13. With A = sum z z^T, B = sum z y^T over all rows, W = (A + ridge I)^-1 B.
+al. 2024 (arXiv 2406.01116), and the authors' released code; AFL, He et al. 2025 (2405.16240). With
+A = sum z z^T, B = sum z y^T over all rows, both are W = (A + ridge I)^-1 B, AFL with ridge 0 after
+the clients' own gamma I were taken out.
 
 Deviations: AFL adds statistics instead of merging heads pairwise, which is the same algebra without
 the recursion's growing error; a singular matrix takes the pseudo-inverse and sets the slot

@@ -9,13 +9,14 @@ import pytest
 from safetensors.numpy import save
 
 from fedtl import seeding
-from fedtl.clients.evaluation import evaluate_clients
+from fedtl.clients.evaluation import evaluate_clients, evaluate_own
 from fedtl.clients.personal import RidgePath, judge_personal, personal_heads
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.personal_training import PURPOSE
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
 from fedtl.engines import wire
+from fedtl.evaluation.metrics import per_client
 from fedtl.evaluation.personalised import judge_personalised
 from fedtl.evaluation.references import Judge, judge_shared
 from fedtl.strategies.averaging import FedAvg
@@ -278,6 +279,17 @@ def test_where_clients_disagree_their_own_heads_are_better_at_home(tmp_path, nam
     assert own.facts["accuracy"] > 0.9
     assert own.facts["accuracy_everyone"] < 0.6
     assert own.clients.tolist() == list(range(6))
+
+
+def test_what_the_last_round_left_is_judged(population, tmp_path) -> None:
+    store, strategy = PersonalStore(tmp_path), Ditto()
+    state = run(strategy, population, head_of("linear"), store)
+    personal = personal_of(strategy, state)
+    place = Judge(population, np.array([1, 3]), population.test.index, 2, "cpu")
+    found = judge_personalised(place, state.head, personal, TRAINING, 3, SEED, store)
+    heads = personal_heads(population, state.head, the_end(population, personal), store=store)
+    expected = per_client(evaluate_own(population, heads, np.arange(5)))
+    assert found.own.loss.tobytes() == expected.loss[[1, 3]].tobytes()
 
 
 def test_a_clients_prior_that_is_everybodys_changes_nothing() -> None:

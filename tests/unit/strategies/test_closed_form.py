@@ -223,7 +223,7 @@ def test_afl_with_its_gammas_left_in_is_ridge_of_all_of_them() -> None:
 
 
 def test_afls_recursion_gives_the_same_head() -> None:
-    # The paper's own way (eq. 10 and 13): local ridge heads merged pairwise, then gamma removed.
+    # The paper's own way: local ridge heads merged pairwise, then gamma removed.
     population, gamma = people(), 1.0
     merged, gram = None, None
     for k in range(K):
@@ -291,7 +291,7 @@ def test_a_clients_own_prior_only_shifts_the_bias() -> None:
 
 
 def test_ccvr_merges_covariances_exactly_as_its_equation() -> None:
-    # Eq. 3: sum_k [(n_kc - 1) S_kc + n_kc mu mu^T] / (N_c - 1) - N_c mu_c mu_c^T / (N_c - 1).
+    # sum_k [(n_kc - 1) S_kc + n_kc mu mu^T] / (N_c - 1) - N_c mu_c mu_c^T / (N_c - 1).
     population = people(sizes=(40, 30, 25, 60, 19))
     x, y = rows_of(population)
     slots = run(CCVR(samples=1), population).slots
