@@ -24,12 +24,13 @@ from threadpoolctl import threadpool_limits
 
 from fedtl.engines import LocalEngine
 from fedtl.interrupts import Interrupts
+from fedtl.plans import RoundPlan
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
 from fedtl.scenario.load import dump_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
-from fedtl.types import ClientUpdates, Head, Population, RoundPlan, Rows
+from fedtl.types import ClientUpdates, Head, Population, Rows
 
 
 @dataclass

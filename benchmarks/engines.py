@@ -25,7 +25,8 @@ import fedtl.engines  # noqa: F401  before Flower's import: switches its telemet
 from fedtl import machine, seeding
 from fedtl.clients.training import train_clients
 from fedtl.engines.hosting import open_population, save_population
-from fedtl.types import ClientUpdates, Head, LocalTraining, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Head, LocalTraining, Population, Rows
 
 EXAMPLES, FEATURES, CLASSES = 500, 512, 10
 TRAINING = LocalTraining(epochs=5, batch_size=50, learning_rate=0.05)

@@ -23,7 +23,8 @@ import torch
 from fedtl import seeding
 from fedtl.clients.batches import batch_order
 from fedtl.clients.training import train_clients
-from fedtl.types import ClientUpdates, Float32, LocalTraining, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Float32, LocalTraining, Population, Rows
 
 LOOP_CLIENTS = 4
 SQUARE = 2000

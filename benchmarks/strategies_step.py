@@ -26,13 +26,14 @@ from fedtl import machine
 from fedtl.clients.statistics import statistics
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
+from fedtl.plans import RoundPlan
 from fedtl.rounds import WAVE_BYTES
 from fedtl.scenario import strategies as sections
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import STRATEGIES, ServerState, make_strategy
 from fedtl.strategies.base import Strategy, Summing
 from fedtl.strategies.robust import Median, TrimmedMean
-from fedtl.types import ClientUpdates, LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import ClientUpdates, LocalTraining, Population, Rows
 
 CLIENTS, EXAMPLES, FEATURES, CLASSES = 100, 500, 512, 10
 MANY, MANY_CLASSES = 10_000, 100

@@ -181,6 +181,18 @@ def without(opened: OpenedData, keep: Int64) -> OpenedData:
     return replace(opened, examples=examples, split=_deal(opened.scenario, examples))
 
 
+def check_strategy(opened: OpenedData) -> None:
+    """Refuse what can be known of a strategy once the clients are: names, classes, cohorts.
+
+    Raises:
+        InputError: a client or a class that is not there, or too few clients for a robust rule.
+    """
+    names = opened.split.names
+    check_cohort(opened.scenario, len(names))
+    make_strategy(opened.scenario, names)
+    liars_of(opened.scenario, names)
+
+
 def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
     """Every example's features: from the store, through the trunk, or as they came."""
     scenario, examples, section = opened.scenario, opened.examples, opened.scenario.backbone
@@ -239,6 +251,7 @@ def make_federation(
         EnvironmentFault: no room for the features, no GPU where one is asked for.
     """
     scenario = opened.scenario
+    check_strategy(opened)
     features = make_features(opened, progress)
     split, examples = features.split, features.examples
     leaks = find_leaks(features.content, split, examples)
@@ -246,7 +259,6 @@ def make_federation(
     population = population_of(features)
     lying = liars_of(scenario, population.names)
     poisoned = poison(population, scenario.attack, lying, scenario.seed)
-    check_cohort(scenario, population.num_clients)
     head = initial_head(
         scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
     )

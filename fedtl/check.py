@@ -10,13 +10,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtl.build import OpenedData, allowed_threads, open_data, without
+from fedtl.build import OpenedData, allowed_threads, check_strategy, open_data, without
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
 from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
 from fedtl.scenario.schema import Scenario
+from fedtl.strategies.personal import degenerate
 from fedtl.terminal import plain_table, plan_table, shown
 from fedtl.transfer.features import bad_images, named
 from fedtl.types import Int32
@@ -57,11 +58,14 @@ def check_scenario(
             examples = opened.examples
     check_leaks(find_leaks(content, opened.split, examples), scenario.data.leakage)
     plan = forecast(opened)
+    check_strategy(opened)
     console.print(plan_table(opened, plan))
     console.print()
     console.print(class_table(opened.split, examples.labels, examples.classes))
     for note in examples.notes:
         console.print(f"[yellow]note[/] {shown(note)}")
+    if same := degenerate(scenario.strategy.name, scenario.head.kind):
+        console.print(f"[yellow]note[/] {same}")
     for name, count in opened.split.excluded[:5]:
         console.print(f"[yellow]left out[/] {shown(name)}: {count} examples, too few to train on")
     console.print(f"\nAll good. Next: fedtl run {shown(command)}")

@@ -118,6 +118,20 @@ def resume(
 
 
 @app.command()
+def forget(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name, or 'last'.")],
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="The client's name.")],
+) -> None:
+    """Make a closed-form run's head without one client, exactly, asking nobody again."""
+    from fedtl.evaluation.contributions import forget_client
+    from fedtl.run import find_run
+
+    path = forget_client(find_run(run), client)
+    typer.echo(f"{path}: the head as if {client} had never taken part")
+    typer.echo("Its statistics are still in the run's folder, and in its old commits.")
+
+
+@app.command()
 def check(
     scenario: ScenarioName,
     engine: EngineName = None,

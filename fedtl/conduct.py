@@ -16,15 +16,18 @@ from fedtl import machine
 from fedtl.build import allowed_threads, resolve_device
 from fedtl.checkpoints import Progress
 from fedtl.errors import FedtlError
+from fedtl.evaluation.contributions import open_kept
 from fedtl.evaluation.metrics import client_rows
 from fedtl.evaluation.references import Judgement, beside
 from fedtl.evaluation.verdicts import Verdict, give_verdict
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
+from fedtl.plans import Personal
 from fedtl.results.runs import RunFolder
+from fedtl.results.statistics import kept_names
 from fedtl.rounds import Federation, run_rounds
 from fedtl.strategies.base import personal_of
-from fedtl.types import ClientUpdates, Head, Personal
+from fedtl.types import ClientUpdates, Head
 
 
 class Observer(Protocol):
@@ -125,6 +128,8 @@ def conduct(
                 folder.event("stopped", exit_code=error.exit_code, what=error.what)
                 folder.write_tables()
             raise
+        if any(name.endswith("singular") and flag.any() for name, flag in state.slots.items()):
+            observer.noted(SINGULAR)
         outcome = Outcome(state.result, personal_of(federation.strategy, state), done.round)
         return _conclude(
             prepared, folder, observer, interrupts, outcome, done, started, start_seconds
@@ -171,7 +176,8 @@ def _conclude(
         client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
     references = {name: found for name, found in judgements.items() if name != "federated"}
-    folder.write_tables(beside(references, progress.round))
+    contributions = open_kept(folder.path).contributions() if kept_names(folder.path) else []
+    folder.write_tables(beside(references, progress.round, contributions))
     folder.write_head(head, _head_card(prepared))
     summary = _summary(prepared, head, progress, judgements, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds
@@ -246,6 +252,11 @@ def _summary(
         "backbone": {"features": roster.width, **prepared.backbone},
     }
 
+
+SINGULAR = (
+    "there are fewer independent rows than features and no ridge: the head is the shortest of many "
+    "that fit (pseudo-inverse); a strategy.ridge above 0 has one answer"
+)
 
 SHOWN_APART = ("federated", "personal")
 """Judgements that are no references."""

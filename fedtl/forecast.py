@@ -8,10 +8,14 @@ import numpy as np
 
 from fedtl import machine
 from fedtl.build import OpenedData, allowed_threads
-from fedtl.planning import cohort_size
+from fedtl.planning import cohort_size, plan_round
+from fedtl.plans import Task
+from fedtl.scenario.schema import Scenario
+from fedtl.strategies import make_strategy, tasks_of
+from fedtl.strategies.warm_start import WarmStart
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
-from fedtl.types import head_bytes
+from fedtl.types import Head, head_bytes
 
 MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
@@ -46,6 +50,7 @@ class Forecast:
     memory_bytes: int
     extract_seconds: float | None
     train_seconds: float
+    task: Task
     epsilon: None = None
     """No differential privacy in this scenario: nothing bounds epsilon."""
 
@@ -60,11 +65,13 @@ def forecast(opened: OpenedData) -> Forecast:
     cohort = min(clients, cohort_size(scenario, clients))
     share = cohort / clients
     parameters = sum(tensor.size for tensor in head.values())
-    exchanged = head_bytes(head) * cohort * scenario.rounds
+    task, rounds, down, up = _exchanged(scenario, split.names, head, cohort)
     bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
     feature_bytes = len(examples) * width * bytes_each
     flops = 4.0 * len(split.train.index) * share * parameters
-    flops *= scenario.training.local_epochs * scenario.rounds
+    flops *= scenario.training.local_epochs * rounds if task == "train" else rounds
+    if task == "statistics":
+        flops = 2.0 * len(split.train.index) * width**2
     threads = allowed_threads(scenario)
     memory = BASE_BYTES[cached] + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
     return Forecast(
@@ -74,17 +81,42 @@ def forecast(opened: OpenedData) -> Forecast:
         len(examples.classes),
         len(split.train.index),
         len(split.test.index),
-        scenario.rounds,
+        rounds,
         cohort,
         parameters,
-        exchanged,
-        exchanged,
+        down,
+        up,
         cached,
         feature_bytes,
         memory,
         0.0 if cached else _extract_seconds(opened, threads),
         flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
+        task,
     )
+
+
+def _exchanged(
+    scenario: Scenario, names: tuple[str, ...], head: Head, cohort: int
+) -> tuple[Task, int, int, int]:
+    """What clients mostly do, in how many rounds, and the bytes sent down and up in all of them.
+
+    Of statistics every client sends its own once, so rounds end when all have.
+    """
+    strategy, clients = make_strategy(scenario, names), len(names)
+    task, rounds, down, up = tasks_of(scenario)[-1], scenario.rounds, 0, 0
+    if task == "statistics":
+        rounds = min(rounds, -(-clients // cohort))
+    elif isinstance(strategy, WarmStart):
+        first = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
+        down, up, rounds = (
+            first.down_bytes(head) * cohort,
+            first.up_bytes(head) * cohort,
+            rounds - 1,
+        )
+        strategy = strategy.then
+    plan = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
+    times = min(clients, cohort * rounds) if task == "statistics" else cohort * rounds
+    return task, rounds, down + plan.down_bytes(head) * times, up + plan.up_bytes(head) * times
 
 
 def stored_width(opened: OpenedData) -> int | None:

@@ -16,17 +16,10 @@ import numpy as np
 from fedtl import seeding
 from fedtl.clients.attacks import liars
 from fedtl.errors import client_of
+from fedtl.plans import Compression, RoundPlan
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy
-from fedtl.types import (
-    ClientFailure,
-    ClientUpdates,
-    Compression,
-    Float64,
-    Int64,
-    LocalTraining,
-    RoundPlan,
-)
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining
 
 
 def plan_round(

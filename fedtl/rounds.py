@@ -24,27 +24,21 @@ from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.planning import (
     absent_clients,
+    cohort_size,
     extend_digest,
     first_answers,
     judged_clients,
     liars_of,
     plan_round,
 )
+from fedtl.plans import RoundPlan, no_updates
 from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
-from fedtl.results.statistics import keep_statistics
+from fedtl.results.statistics import KEPT_BYTES, keep_statistics
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy, Summing, personal_of
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import (
-    ClientFailure,
-    ClientUpdates,
-    Float64,
-    Head,
-    Roster,
-    RoundPlan,
-    no_updates,
-)
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster
 
 WAVE_BYTES = 2**24
 """Statistics of clients that are held at once; a single client's may be larger."""
@@ -112,7 +106,8 @@ def run_rounds(
         failpoint("after_train", plan.round)
         quorum = federation.scenario.participation.quorum
         if plan.task == "statistics":  # who has answered before counts no less
-            quorum = min(quorum, len(plan.clients))
+            cohort = cohort_size(federation.scenario, federation.roster.num_clients)
+            quorum = max(0, quorum - max(0, cohort - len(plan.clients)))
         quorate = len(updates.clients) >= quorum
         if quorate:
             state = after() if len(updates.clients) else state
@@ -149,13 +144,16 @@ def _trained(
         return lambda: strategy.step(state, updates), updates, norms
     parts: list[ClientUpdates] = []
     summed = state
-    at_a_time = max(1, WAVE_BYTES // plan.up_bytes(state.head))
+    each = plan.up_bytes(state.head)
+    at_a_time = max(1, WAVE_BYTES // each)
+    everybody = each * federation.roster.num_clients
+    keeps = getattr(strategy, "keep_statistics", False) and everybody <= KEPT_BYTES
     for first in range(0, len(plan.clients), at_a_time):
         wave = plan.part(np.arange(first, min(first + at_a_time, len(plan.clients))))
-        updates, _ = _answers(federation, wave, state.head)
+        updates, _ = _answers(federation, wave, state.head, whole=False)
         if len(updates.clients):
             summed = strategy.absorb(summed, updates)
-            if getattr(strategy, "keep_statistics", False):
+            if keeps:
                 keep_statistics(folder.path, updates, federation.roster.names)
         parts.append(replace(updates, tensors={}))
         del updates  # or two waves would be held at once
@@ -176,8 +174,14 @@ def _joined(plan: RoundPlan, parts: list[ClientUpdates]) -> ClientUpdates:
     )
 
 
-def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[ClientUpdates, Float64]:
-    """The round's valid updates, with a failure for each planned client that has none."""
+def _answers(
+    federation: Federation, plan: RoundPlan, head: Head, *, whole: bool = True
+) -> tuple[ClientUpdates, Float64]:
+    """The round's valid updates, with a failure for each planned client that has none.
+
+    Args:
+        whole: they are all that counts; else, that nobody's can be used stops nothing.
+    """
     scenario, roster = federation.scenario, federation.roster
     absent = absent_clients(scenario, roster.names, plan.round)
     asked = plan.without(absent)
@@ -193,7 +197,8 @@ def _answers(federation: Federation, plan: RoundPlan, head: Head) -> tuple[Clien
     updates, norms = accept_updates(
         replies, unpacked, head, roster.train, scenario.validation.max_norm_ratio
     )
-    if len(updates.clients) == 0 and answered >= set(asked.clients.tolist()) and answered:
+    useless = len(updates.clients) == 0 and answered >= set(asked.clients.tolist())
+    if whole and useless and answered:
         raise PolicyStop(
             f"no update of round {plan.round} could be used, that of "
             f"{roster.names[updates.failures[0].client]} because {updates.failures[0].reason}; "

@@ -34,6 +34,7 @@ from fedtl.planning import judged_clients, liars_of, local_training
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
+from fedtl.strategies import notes_of
 
 RIDGE = 0.01
 """Of the pooled ridge head, where the strategy has none of its own."""
@@ -144,14 +145,16 @@ def _carry_on(
 def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared:
     """What is known of the data and the backbone of a simulation, and how heads are judged."""
     examples, leaks = built.features.examples, built.leaks
+    federation = built.federation
     notes = list(built.features.notes)
+    notes += notes_of(federation.scenario, federation.roster, federation.head)
     if leaks.train_test or leaks.between_clients:
         notes.append(
             f"the same content is in train and test {leaks.train_test} times and at two clients "
             f"{leaks.between_clients} times; allowed here"
         )
     return Prepared(
-        federation=built.federation,
+        federation=federation,
         judge=_judge(built, store),
         data={
             "fingerprint": examples.fingerprint,

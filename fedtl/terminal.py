@@ -22,6 +22,7 @@ from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.scenario.schema import Scenario
+from fedtl.scenario.strategies import Flower
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -109,8 +110,7 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         f"{plan.cohort} in each round",
         "backbone": f"{backbone.name}, weights {backbone.weights_source}, frozen, "
         + ("features are in the store" if plan.cached else f"{backbone.image_size} px"),
-        "training": f"{scenario.strategy.name}, {plan.rounds} rounds of "
-        f"{scenario.training.local_epochs} local epochs, {scenario.head.kind} head of "
+        "training": f"{strategy_words(scenario, plan)}, {scenario.head.kind} head of "
         f"{plan.head_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
         "memory": f"about {size(plan.memory_bytes)}, features {size(plan.feature_bytes)} on disk",
@@ -121,6 +121,18 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/]", shown(text))
     return table
+
+
+def strategy_words(scenario: Scenario, plan: Forecast) -> str:
+    """The strategy and what it has clients do, in half a line."""
+    section = scenario.strategy
+    name = f"{section.name} {section.class_}" if isinstance(section, Flower) else section.name
+    if plan.task == "statistics":
+        return f"{name}, each client sums statistics once"
+    if plan.task == "gradient":
+        return f"{name}, up to {plan.rounds} rounds of one gradient"
+    first = "fed3r first, " if scenario.head.initial == "fed3r" else ""
+    return f"{first}{name}, {plan.rounds} rounds of {scenario.training.local_epochs} local epochs"
 
 
 class PatientConsole(Console):

@@ -36,8 +36,9 @@ import numpy.typing as npt
 from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_heads
 from fedtl.errors import InputError, client_of
+from fedtl.plans import RoundPlan
 from fedtl.scenario.updates import Attack
-from fedtl.types import ClientUpdates, Float32, Float64, Head, Int64, Population, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head, Int64, Population
 
 ROWS_AT_A_TIME = 8192
 """Test rows that are triggered and judged at a time: 40 MiB of 1,280 features."""

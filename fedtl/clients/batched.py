@@ -17,16 +17,8 @@ import numpy.typing as npt
 
 from fedtl.clients.blocks import label_error, run_blocks
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import (
-    ClientUpdates,
-    Float32,
-    Head,
-    Int32,
-    Int64,
-    LocalTraining,
-    Population,
-    RoundPlan,
-)
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Float32, Head, Int32, Int64, LocalTraining, Population
 
 if TYPE_CHECKING:
     import torch
@@ -297,9 +289,17 @@ def _step(
 
 
 def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Scores [n, C] of one head of any form for features [n, D]; autograd passes through."""
+    """Scores [n, C] of one head of any form for features [n, D]; autograd passes through.
+
+    Only here may a head begin with a random Fourier map, ``fourier.weight`` [R, D] and
+    ``fourier.bias`` [R]: it is solved for, never trained.
+    """
     import torch
 
+    if "fourier.weight" in head:
+        omega, shift = head["fourier.weight"], head["fourier.bias"]
+        x = (2 / len(omega)) ** 0.5 * torch.cos(torch.addmm(shift, x, omega.T))
+        head = {name: own for name, own in head.items() if not name.startswith("fourier.")}
     *hidden, last = layer_names(head)
     for name in hidden:
         x = torch.relu(torch.addmm(head[name + "bias"], x, head[name + "weight"].T))

@@ -30,14 +30,8 @@ import numpy.typing as npt
 
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import (
-    ClientFailure,
-    ClientUpdates,
-    Float32,
-    Head,
-    RoundPlan,
-    Shapes,
-)
+from fedtl.plans import RoundPlan, Shapes
+from fedtl.types import ClientFailure, ClientUpdates, Float32, Head
 
 RESIDUAL = "residual"
 """What the store files a client's residual under."""

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from fedtl.clients.blocks import label_error, run_blocks
 from fedtl.clients.training import LINEAR, check_clients, check_heads
 from fedtl.errors import InputError
-from fedtl.types import ClientUpdates, Float64, Head, Int32, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Float64, Head, Int32, Population
 
 ROWS = 512
 """Rows widened to float64 at once: 5 MB of 1,280 features."""

@@ -17,16 +17,8 @@ import numpy as np
 
 from fedtl.clients.blocks import label_error, run_blocks
 from fedtl.clients.statistics import one_blas_thread
-from fedtl.types import (
-    ClientMetrics,
-    Float64,
-    Head,
-    Int32,
-    Int64,
-    Personal,
-    Population,
-    RoundPlan,
-)
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import ClientMetrics, Float64, Head, Int32, Int64, Population
 
 ROWS = 256
 """Rows judged at once."""

@@ -38,7 +38,8 @@ from fedtl.clients.personal_training import (
 )
 from fedtl.clients.statistics import one_blas_thread
 from fedtl.clients.training import check_plan
-from fedtl.types import ClientMetrics, Float32, Float64, Head, Int64, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientMetrics, Float32, Float64, Head, Int64, Population
 
 EQUAL = 1e-9
 """Squared errors that differ by less than this share count as equal."""

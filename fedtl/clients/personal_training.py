@@ -32,16 +32,8 @@ from fedtl.clients.blocks import run_blocks
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.training import LINEAR, check_plan, train_clients
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import (
-    ClientUpdates,
-    Float32,
-    Float64,
-    Head,
-    Personal,
-    Population,
-    RoundPlan,
-    Rows,
-)
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head, Population, Rows
 
 PURPOSE = "personal"
 """What the store files a client's own tensors under."""

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from fedtl import seeding
 from fedtl.clients.blocks import label_error, run_blocks
 from fedtl.clients.training import check_clients
-from fedtl.types import ClientUpdates, Float64, Head, Int64, Population, RoundPlan, Statistics
+from fedtl.plans import RoundPlan, Statistics
+from fedtl.types import ClientUpdates, Float64, Head, Int64, Population
 
 BLOCK_ROWS = 512
 """Rows converted to float64 at a time: long enough for a fast product, 5 MB at 1,280 features."""

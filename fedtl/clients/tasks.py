@@ -7,7 +7,8 @@ from functools import partial
 
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.training import train_clients
-from fedtl.types import ClientUpdates, Head, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Head, Population
 
 
 def do_task(

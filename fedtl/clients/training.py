@@ -18,7 +18,8 @@ import numpy as np
 
 from fedtl.clients.blocks import block_rows, frozen, label_error, readable, run_blocks
 from fedtl.errors import InputError
-from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population
 
 LINEAR = frozenset({"weight", "bias"})
 
@@ -182,7 +183,8 @@ def check_heads(
         InputError: a head that does not fit the features, or an ``initial`` that does not fit it.
     """
     width = population.features.shape[1]
-    first = head["hidden.0.weight" if "hidden.0.weight" in head else "weight"]
+    firsts = ("fourier.weight", "hidden.0.weight", "weight")
+    first = next(head[name] for name in firsts if name in head)
     if first.ndim != 2 or first.shape[1] != width:
         raise InputError(
             "the head does not fit the features",

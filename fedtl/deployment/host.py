@@ -44,8 +44,9 @@ from fedtl.deployment.terms import refuse_other_version
 from fedtl.engines.node import NotPrepared
 from fedtl.engines.wire import Tensors
 from fedtl.errors import EnvironmentFault, FedtlError, InputError, SecurityRefusal
+from fedtl.plans import RoundPlan
 from fedtl.scenario import schema
-from fedtl.types import Int64, Population, RoundPlan
+from fedtl.types import Int64, Population
 
 REPLY_SECONDS = 1.0
 """So long a request waits for data or features before it answers how far they are."""

@@ -17,8 +17,9 @@ from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.errors import PolicyStop
 from fedtl.evaluation.references import Judgement, for_each, judged
 from fedtl.planning import judged_clients, local_training
+from fedtl.plans import RoundPlan
 from fedtl.rounds import Federation
-from fedtl.types import ClientMetrics, Int64, RoundPlan
+from fedtl.types import ClientMetrics, Int64
 
 NOT_POOLED = (
     "nobody holds everybody's data, so there is no pooled reference; simulate with public data "

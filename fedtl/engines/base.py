@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64
 
 
 class Engine(Protocol):

@@ -20,7 +20,8 @@ from fedtl.engines.node import Node
 from fedtl.engines.wire import MESSAGE_TYPES
 from fedtl.errors import InputError, SecurityRefusal
 from fedtl.machine import versions
-from fedtl.types import Int64, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import Int64, Population
 
 RECORD, SIMULATION = "fedtl", "simulation"
 KINDS = {message_type: kind for kind, message_type in MESSAGE_TYPES.items()}

@@ -22,6 +22,7 @@ from fedtl.engines.wire import (
     train_request,
 )
 from fedtl.errors import EnvironmentFault, FedtlError, InputError, PolicyStop, SecurityRefusal
+from fedtl.plans import RoundPlan, no_updates
 from fedtl.types import (
     ClientFailure,
     ClientMetrics,
@@ -30,10 +31,8 @@ from fedtl.types import (
     Int64,
     LocalTraining,
     Roster,
-    RoundPlan,
     UInt64,
     join_metrics,
-    no_updates,
 )
 
 T = TypeVar("T")

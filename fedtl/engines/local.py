@@ -11,6 +11,7 @@ import numpy as np
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
+from fedtl.plans import RoundPlan
 from fedtl.types import (
     ClientMetrics,
     ClientUpdates,
@@ -18,7 +19,6 @@ from fedtl.types import (
     Int64,
     LocalTraining,
     Population,
-    RoundPlan,
     join_metrics,
 )
 

@@ -32,7 +32,8 @@ from fedtl.engines.wire import (
 )
 from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal, printable
 from fedtl.failpoints import failpoint
-from fedtl.types import Head, Int64, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import Head, Int64, Population
 
 LARGEST_REQUEST = 2**30
 """Bytes: a head of a hundred million weights and more."""

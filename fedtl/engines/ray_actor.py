@@ -13,7 +13,8 @@ from fedtl.engines.hosting import open_population
 from fedtl.engines.local import LocalEngine
 from fedtl.errors import EnvironmentFault
 from fedtl.failpoints import failpoint
-from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, Population, Rows
 
 SAME_BITS = ("fedtl", "python", "numpy", "numba", "torch")
 """What must have one version on all machines of a cluster, or results could differ."""

@@ -22,6 +22,7 @@ from fedtl.engines import ray_cluster
 from fedtl.engines.hosting import save_population, scratch_folder
 from fedtl.engines.ray_actor import Worker, in_memory, refuse_others
 from fedtl.errors import EnvironmentFault, FedtlError
+from fedtl.plans import RoundPlan, no_updates
 from fedtl.types import (
     ClientFailure,
     ClientMetrics,
@@ -29,10 +30,8 @@ from fedtl.types import (
     Head,
     Int64,
     Population,
-    RoundPlan,
     head_bytes,
     join_metrics,
-    no_updates,
 )
 
 BLOCKS_PER_WORKER = 4

@@ -16,15 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl.errors import InputError
-from fedtl.types import (
-    ClientMetrics,
-    ClientUpdates,
+from fedtl.plans import (
     Compression,
-    Float32,
-    Head,
-    Int64,
-    Layers,
-    LocalTraining,
     Packing,
     Personal,
     Personalisation,
@@ -32,6 +25,15 @@ from fedtl.types import (
     RoundPlan,
     Statistics,
     Task,
+)
+from fedtl.types import (
+    ClientMetrics,
+    ClientUpdates,
+    Float32,
+    Head,
+    Int64,
+    Layers,
+    LocalTraining,
     UInt64,
 )
 

@@ -8,7 +8,8 @@ from fedtl import seeding
 from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.evaluation.references import HEADS_AT_A_TIME, Judge, Judgement, judged
-from fedtl.types import ClientMetrics, Head, LocalTraining, Personal, RoundPlan, join_metrics
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import ClientMetrics, Head, LocalTraining, join_metrics
 
 
 def judge_personalised(

@@ -16,18 +16,12 @@ import pyarrow as pa
 from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_clients, evaluate_heads, evaluate_own
 from fedtl.clients.training import train_clients
+from fedtl.evaluation.contributions import Contribution
 from fedtl.evaluation.metrics import PerClient, defined, nullable, overall, per_client
 from fedtl.evaluation.pooled import fit_pooled
+from fedtl.plans import RoundPlan
 from fedtl.results.records import CLIENTS, Complete
-from fedtl.types import (
-    ClientMetrics,
-    Head,
-    Int64,
-    LocalTraining,
-    Population,
-    RoundPlan,
-    join_metrics,
-)
+from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, Population, join_metrics
 
 HEADS_AT_A_TIME = 256
 """Local heads held in memory together: 256 heads of 512 x 10 are 5 MB."""
@@ -184,14 +178,23 @@ def judged(own: ClientMetrics, everyone: ClientMetrics, num_everyone: int) -> Ju
     return Judgement(own.clients, facts, each, everywhere)
 
 
-def beside(references: Mapping[str, Judgement], last_round: int) -> Complete:
+def beside(
+    references: Mapping[str, Judgement],
+    last_round: int,
+    contributions: Sequence[Contribution] = (),
+) -> Complete:
     """Puts the references' metrics beside the federated head's, in the last round's rows.
 
     Args:
         references: judgements by name (``local_only``, ``centralised``).
         last_round: in whose rows they belong.
+        contributions: what each client brings, by its statistics; beside its own tests.
     """
     values: dict[tuple[str, str], dict[int, float | None]] = {}
+    for whose in ("own", "others"):
+        values["test", f"contribution_{whose}"] = {
+            one.client: defined(getattr(one, f"gain_{whose}")) for one in contributions
+        }
     for name, judgement in references.items():
         for split, each in (("test", judgement.own), ("everyone", judgement.everyone)):
             for metric in ("accuracy", "loss"):

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 
 from fedtl.clients.statistics import statistics
+from fedtl.plans import RoundPlan
 from fedtl.strategies.closed_form import Fed3R
-from fedtl.types import Head, LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import Head, LocalTraining, Population, Rows
 
 
 def fit_ridge(population: Population, head: Head, ridge: float, threads: int = 1) -> Head:

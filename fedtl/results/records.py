@@ -60,6 +60,8 @@ CLIENTS = pa.schema(
         ("ridge_loss", pa.float64()),
         ("personal_accuracy", pa.float64()),
         ("personal_loss", pa.float64()),
+        ("contribution_own", pa.float64()),
+        ("contribution_others", pa.float64()),
     ]
 )
 """One row per round, client and split. ``split``: train (the client's own training), test (its own

@@ -22,6 +22,9 @@ from fedtl.types import ClientUpdates
 
 STATISTICS = "statistics"
 
+KEPT_BYTES = 2**31
+"""Statistics of all clients together that a run keeps at most."""
+
 
 def keep_statistics(run: Path, updates: ClientUpdates, names: Sequence[str]) -> None:
     """Write one file per client; replaces an older one.

@@ -19,9 +19,6 @@ CLOSED_FORMS = ("fed3r", "afl", "fedncm", "fedlda", "ccvr", "fedcof", "personal_
 UPDATE_ATTACKS = ("sign_flip", "gaussian", "inner_product", "alie", "min_max")
 """Attacks on what liars send; the others are on what they train on."""
 
-PLAIN_STEPS = ("scaffold", "feddyn", "fednova", "mime")
-"""Strategies whose equations are for plain SGD at the clients."""
-
 
 def find_conflicts(scenario: Scenario) -> list[Problem]:
     """Every impossible combination in ``scenario``, empty where there is none."""
@@ -290,11 +287,10 @@ def _compression(scenario: Scenario) -> Iterator[Problem]:
 
 
 def _local_steps(scenario: Scenario) -> Iterator[Problem]:
-    name = scenario.strategy.name
-    if name in PLAIN_STEPS and scenario.training.momentum > 0:
+    if scenario.strategy.name == "mime" and scenario.training.momentum > 0:
         yield Problem(
             "training.momentum",
-            f'"{name}"\'s equations are for plain SGD at the clients',
+            "\"mime\"'s momentum is the server's, its clients take plain steps",
             f"{scenario.training.momentum:g}",
             "0",
         )

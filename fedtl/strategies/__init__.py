@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedtl.errors import client_of
+from fedtl.plans import RoundPlan, Task
+from fedtl.results.statistics import KEPT_BYTES
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from fedtl.strategies.base import ServerState, Strategy
@@ -24,6 +28,7 @@ from fedtl.strategies.personal import (
     LGFedAvg,
     PersonalRidge,
     PFedMe,
+    degenerate,
 )
 from fedtl.strategies.robust import (
     Bulyan,
@@ -36,7 +41,7 @@ from fedtl.strategies.robust import (
     TrimmedMean,
 )
 from fedtl.strategies.warm_start import WarmStart
-from fedtl.types import Task
+from fedtl.types import Head, LocalTraining, Roster
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -79,7 +84,25 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "flower": FlowerStrategy,
 }
 
-__all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy", "tasks_of"]
+__all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy", "notes_of", "tasks_of"]
+
+
+def notes_of(scenario: Scenario, roster: Roster, head: Head) -> list[str]:
+    """What a user should know of the strategy before the first round, a line each."""
+    section = scenario.strategy
+    notes = [note] if (note := degenerate(section.name, scenario.head.kind)) else []
+    if getattr(section, "keep_statistics", False):
+        nobody, no_keys = np.empty(0, np.int64), np.empty(0, np.uint64)
+        plan = RoundPlan(1, nobody, no_keys, LocalTraining(0, 1, 0.0))
+        strategy = make_strategy(scenario, roster.names)
+        asked = strategy.plan(strategy.init(head, roster.num_clients), plan)
+        size = asked.up_bytes(head) * roster.num_clients
+        if asked.task == "statistics" and size > KEPT_BYTES:
+            notes.append(
+                f"the clients' statistics ({size / 2**30:.1f} GiB) are not kept: nobody's "
+                "contribution can be told, and nobody be forgotten, without asking again"
+            )
+    return notes
 
 
 def tasks_of(scenario: Scenario) -> list[Task]:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from scipy.linalg import blas, lapack
 
 from fedtl.clients.statistics import one_blas_thread, unpack_symmetric
-from fedtl.types import Float64, Statistics
+from fedtl.plans import Statistics
+from fedtl.types import Float64
 
 ROUNDING = 1e-9
 """Relative slack of every test: float64 sums over millions of rows err by 1e-12 at most."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies.base import (
     ServerState,
     Weighting,
@@ -20,7 +21,7 @@ from fedtl.strategies.base import (
     mean_delta,
     moved,
 )
-from fedtl.types import ClientUpdates, Float64, Head, RoundPlan
+from fedtl.types import ClientUpdates, Float64, Head
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.types import ClientUpdates, Float32, Float64, Head, Personal, RoundPlan
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head
 
 Weighting = Literal["examples", "uniform"]
 

@@ -27,6 +27,8 @@ from scipy.special import logsumexp
 
 from fedtl import seeding
 from fedtl.clients.statistics import unpack_symmetric
+from fedtl.plans import Personal, Shapes, Statistics
+from fedtl.strategies.base import ServerState
 from fedtl.strategies.closed_form import (
     OneShot,
     Solved,
@@ -35,7 +37,8 @@ from fedtl.strategies.closed_form import (
     scaled,
     solve_psd,
 )
-from fedtl.types import Float64, Head, Int64, Shapes, Statistics
+from fedtl.strategies.personal import client_prior
+from fedtl.types import Float64, Head, Int64
 
 CALIBRATION_DECAY = 1e-4
 """CCVR: weight decay of the new head; separable samples would have no finite optimum."""
@@ -76,6 +79,10 @@ class FedLDA(OneShot):
     covariance: str = "within"
     shrinkage: float = 0.1
     client_prior: bool = False
+
+    def personal(self, state: ServerState) -> Personal | None:
+        """With ``client_prior`` each client's own class frequencies in place of everybody's."""
+        return client_prior(state.slots["counts"]) if self.client_prior else None
 
     def asked(self) -> Statistics:
         """A and class sums."""

@@ -23,17 +23,9 @@ from scipy.linalg import lapack
 from fedtl import seeding
 from fedtl.clients.statistics import fourier_map, one_blas_thread, unpack_symmetric
 from fedtl.errors import InputError
+from fedtl.plans import RoundPlan, Shapes, Statistics
 from fedtl.strategies.base import ServerState
-from fedtl.types import (
-    ClientUpdates,
-    Float64,
-    Head,
-    Int64,
-    LocalTraining,
-    RoundPlan,
-    Shapes,
-    Statistics,
-)
+from fedtl.types import ClientUpdates, Float64, Head, Int64, LocalTraining
 
 ABSENT = -1e6
 """Bias of a class that nobody has: below every real score, finite for whoever trains on."""

@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import RESULT, ServerState, Weighting, client_weights, mean_delta, moved
-from fedtl.types import ClientUpdates, Float32, Float64, Head, LocalTraining, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head, LocalTraining
 
 Slots = dict[str, npt.NDArray[Any]]
 

@@ -30,8 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies.base import RESULT, ServerState, client_weights
-from fedtl.types import ClientUpdates, Float32, Float64, Head, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Float64, Head
 
 DECREASE = 1e-4
 """Share of the decrease that the slope promises with which a step is taken."""

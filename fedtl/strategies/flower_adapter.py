@@ -36,8 +36,9 @@ import numpy as np
 
 from fedtl import seeding
 from fedtl.errors import InputError
+from fedtl.plans import RoundPlan
 from fedtl.strategies.base import ServerState
-from fedtl.types import ClientUpdates, Head, LocalTraining, RoundPlan
+from fedtl.types import ClientUpdates, Head, LocalTraining
 
 if TYPE_CHECKING:  # importing Flower takes a second
     from flwr.serverapp.strategy import Strategy

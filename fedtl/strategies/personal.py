@@ -21,10 +21,11 @@ import numpy as np
 
 from fedtl import seeding
 from fedtl.errors import InputError
+from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import ServerState
 from fedtl.strategies.closed_form import Fed3R
-from fedtl.types import ClientUpdates, Float64, Head, Int64, Personal, RoundPlan
+from fedtl.types import ClientUpdates, Float64, Head, Int64
 
 LAST = ("weight", "bias")
 """The tensors of a head's last layer; a linear head has no others."""

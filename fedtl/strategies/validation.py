@@ -11,8 +11,11 @@ from math import prod
 
 import numpy as np
 
+from fedtl.plans import RoundPlan, Shapes
 from fedtl.strategies.admissible import inadmissible
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64, RoundPlan, Shapes
+from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64
+
+LOSS = "its loss"
 
 
 def accept_updates(
@@ -121,6 +124,9 @@ def _judge(
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], Float64, dict[int, str]]:
     """Which clients' values may be added (bool [k]), all norms, and the refusals."""
     squares, culprit = _squares(updates, plan, head)
+    if plan.task == "gradient" or "start_loss" in plan.reports:  # the loss is part of the step
+        unlike = ~(np.isfinite(updates.loss) & (updates.loss >= 0)) & (updates.num_examples > 0)
+        squares[unlike], culprit[unlike] = np.nan, LOSS
     finite = np.isfinite(squares)
     norms = np.sqrt(squares) if plan.task == "train" else np.full(len(squares), np.nan)
     right = updates.num_examples == declared[updates.clients]
@@ -130,7 +136,12 @@ def _judge(
     for i in np.flatnonzero(~(finite & right & bounded)).tolist():
         client = int(updates.clients[i])
         if not finite[i]:
-            refused[client] = f"{culprit[i]} has a value that is not finite"
+            negative = culprit[i] == LOSS and updates.loss[i] < 0
+            refused[client] = (
+                "its loss is negative"
+                if negative
+                else f"{culprit[i]} has a value that is not finite"
+            )
         elif not right[i]:
             refused[client] = (
                 f"says it trained on {int(updates.num_examples[i])} examples, "

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.base import ServerState, Strategy, Summing
-from fedtl.types import ClientUpdates, Head, Personal, RoundPlan
+from fedtl.types import ClientUpdates, Head
 
 FIRST, STARTED = "first.", "started"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fedtl"
 
 FLOORS = (
-    {"errors", "seeding", "types", "failpoints", "interrupts", "machine"},
+    {"errors", "seeding", "types", "plans", "failpoints", "interrupts", "machine"},
     {"scenario", "results"},
     {"data"},
     {"transfer"},

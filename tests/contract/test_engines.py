@@ -10,7 +10,8 @@ import pytest
 
 from fedtl import seeding
 from fedtl.engines import Engine, LocalEngine
-from fedtl.types import LocalTraining, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import LocalTraining, Population
 
 # Ray leaves it to the garbage collector to close what its processes write to.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")

@@ -16,8 +16,9 @@ import pytest
 from fedtl import seeding
 from fedtl.engines import LocalEngine
 from fedtl.engines.flower_engine import FlowerEngine
+from fedtl.plans import RoundPlan
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import LocalTraining, RoundPlan
+from fedtl.types import LocalTraining
 
 # Ray's own.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")

@@ -7,9 +7,10 @@ import pytest
 
 from fedtl.clients.statistics import pack_symmetric, statistics, unpack_symmetric
 from fedtl.evaluation.contributions import squared_error
+from fedtl.plans import RoundPlan
 from fedtl.strategies.class_means import FedNCM, estimated_gram, scatter_covariance
 from fedtl.strategies.closed_form import AFL, Fed3R, OneShot, ridge_weights
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 
 def message(strategy: OneShot, classes: int, width: int):

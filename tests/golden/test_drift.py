@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 
 from fedtl.clients.training import train_clients
+from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAdam, FedAvg, FedProx
 from fedtl.strategies.drift import FedDyn, Scaffold
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 UNIT = Path(__file__).parents[1] / "unit" / "strategies"
 w = SimpleNamespace(**run_path(str(UNIT / "world.py")))

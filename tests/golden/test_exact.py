@@ -15,8 +15,9 @@ import pytest
 from scipy.optimize import minimize
 
 from fedtl.clients.tasks import do_task
+from fedtl.plans import RoundPlan
 from fedtl.strategies.exact import Lbfgs
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 NUM, CLASSES, WIDTH, CLIENTS, DECAY = 8000, 20, 64, 50, 1e-4
 MEASURED = {1e-2: 12, 1e-4: 30, 1e-6: 53}

@@ -18,10 +18,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies import ServerState, Strategy
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from fedtl.strategies.flower_adapter import FlowerStrategy
-from fedtl.types import ClientUpdates, LocalTraining, RoundPlan
+from fedtl.types import ClientUpdates, LocalTraining
 
 ROUNDS, CLIENTS = 6, 9
 HEAD = {

@@ -19,6 +19,7 @@ from fedtl.engines import wire
 from fedtl.evaluation.metrics import per_client
 from fedtl.evaluation.personalised import judge_personalised
 from fedtl.evaluation.references import Judge, judge_shared
+from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import personal_of
 from fedtl.strategies.class_means import FedLDA
@@ -35,7 +36,7 @@ from fedtl.strategies.personal import (
     PFedMe,
     client_prior,
 )
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 TRAINING = LocalTraining(2, 8, 0.1)
 SEED = 5

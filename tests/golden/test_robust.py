@@ -8,6 +8,7 @@ import pytest
 from fedtl.clients.attacks import alie_z, lie, poison
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.training import train_clients
+from fedtl.plans import RoundPlan
 from fedtl.scenario.updates import Attack
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.robust import (
@@ -21,7 +22,7 @@ from fedtl.strategies.robust import (
     TrimmedMean,
 )
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 RULES = {
     "krum": Krum(malicious=3),

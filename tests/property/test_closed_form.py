@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtl.clients.statistics import statistics, unpack_symmetric
+from fedtl.plans import RoundPlan, Statistics
 from fedtl.strategies import ServerState
 from fedtl.strategies.class_means import CCVR, FedLDA, FedNCM
 from fedtl.strategies.closed_form import AFL, Fed3R, OneShot
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows, Statistics
+from fedtl.types import LocalTraining, Population, Rows
 
 N, D, C = 120, 7, 3
 HEAD = {"weight": np.zeros((C, D), np.float32), "bias": np.zeros(C, np.float32)}

@@ -15,7 +15,8 @@ from hypothesis.extra.numpy import arrays
 
 from fedtl.clients.compression import compress, expand
 from fedtl.clients.personal_store import PersonalStore
-from fedtl.types import ClientUpdates, Compression, Float32, Head, RoundPlan
+from fedtl.plans import Compression, RoundPlan
+from fedtl.types import ClientUpdates, Float32, Head
 
 UNIT = Path(__file__).parents[1] / "unit" / "clients"
 oracle = SimpleNamespace(**run_path(str(UNIT / "compression_oracle.py")))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fedtl.clients.batched import train_batched
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.training import train_clients
-from fedtl.types import ClientUpdates, LocalTraining, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientUpdates, LocalTraining, Population
 
 UNIT = Path(__file__).parents[1] / "unit" / "clients"
 oracle = SimpleNamespace(**run_path(str(UNIT / "oracle.py")))

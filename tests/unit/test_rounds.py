@@ -326,7 +326,8 @@ def test_one_client_federated_is_plain_sgd_on_its_data(
 ) -> None:
     from fedtl import seeding
     from fedtl.clients.training import train_clients
-    from fedtl.types import LocalTraining, RoundPlan, Rows
+    from fedtl.plans import RoundPlan
+    from fedtl.types import LocalTraining, Rows
 
     rows, tests = population.train.index, population.test.index
     ends = [np.array([0, len(index)], np.int64) for index in (rows, tests)]

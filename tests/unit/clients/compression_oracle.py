@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedtl.types import Compression, Float32, Head, Int64, LocalTraining, RoundPlan
+from fedtl.plans import Compression, RoundPlan
+from fedtl.types import Float32, Head, Int64, LocalTraining
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from fedtl.clients.batches import batch_order
-from fedtl.types import Float32, Head, LocalTraining, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import Float32, Head, LocalTraining, Population, Rows
 
 
 def scores(tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

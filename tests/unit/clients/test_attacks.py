@@ -10,9 +10,10 @@ from fedtl.clients import attacks
 from fedtl.clients.attacks import alie_z, backdoor_success, liars, lie, poison, trigger
 from fedtl.clients.training import train_clients
 from fedtl.errors import InputError
+from fedtl.plans import RoundPlan
 from fedtl.scenario.compatibility import UPDATE_ATTACKS
 from fedtl.scenario.updates import Attack
-from fedtl.types import LocalTraining, RoundPlan
+from fedtl.types import LocalTraining
 
 NAMES = tuple(f"client-{i}" for i in range(20))
 RNG = np.random.default_rng(3)

@@ -18,21 +18,11 @@ from fedtl.clients.tasks import do_task
 from fedtl.engines.local import LocalEngine
 from fedtl.engines.wire import pack, read_updates, unpack, updates_reply
 from fedtl.errors import EnvironmentFault, InputError
+from fedtl.plans import Compression, Personal, RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import ServerState
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import (
-    ClientFailure,
-    ClientUpdates,
-    Compression,
-    Float32,
-    Head,
-    LocalTraining,
-    Personal,
-    Population,
-    RoundPlan,
-    Rows,
-)
+from fedtl.types import ClientFailure, ClientUpdates, Float32, Head, LocalTraining, Population, Rows
 
 oracle = SimpleNamespace(**run_path(str(Path(__file__).with_name("compression_oracle.py"))))
 

@@ -12,7 +12,8 @@ import pytest
 
 from fedtl.clients.evaluation import evaluate_clients
 from fedtl.clients.neighbours import LEAST, Voters, chosen_share, judge_neighbours, shared_view
-from fedtl.types import LocalTraining, Personal, RoundPlan
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import LocalTraining
 
 oracle = SimpleNamespace(**run_path(str(Path(__file__).with_name("oracle.py"))))
 

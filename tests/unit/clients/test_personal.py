@@ -20,7 +20,8 @@ from fedtl.clients.personal_training import ALPHA, PURPOSE
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import LocalTraining, Personal, RoundPlan
+from fedtl.plans import Personal, RoundPlan
+from fedtl.types import LocalTraining
 
 oracle = SimpleNamespace(**run_path(str(Path(__file__).with_name("oracle.py"))))
 

@@ -11,7 +11,8 @@ import pytest
 from fedtl.clients import statistics as module
 from fedtl.clients.statistics import fourier_map, pack_symmetric, statistics, unpack_symmetric
 from fedtl.errors import InputError
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows, Statistics
+from fedtl.plans import RoundPlan, Statistics
+from fedtl.types import LocalTraining, Population, Rows
 
 
 def plan_for(clients: list[int], asked: Statistics) -> RoundPlan:

@@ -21,8 +21,9 @@ from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.engines.node import Node, NotPrepared
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import EnvironmentFault, InputError
+from fedtl.plans import RoundPlan
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import LocalTraining, Population, RoundPlan
+from fedtl.types import LocalTraining, Population
 
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 SEATS = {10: np.array([0, 3]), 11: np.array([1, 4]), 12: np.array([2])}

@@ -15,7 +15,8 @@ from fedtl.engines import wire
 from fedtl.engines.exchange import Correspondence, LocalExchange
 from fedtl.engines.node import Node, NotPrepared, Sent
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import LocalTraining, Population, Rows
 
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 TRAINING = LocalTraining(2, 8, 0.1, momentum=0.5)

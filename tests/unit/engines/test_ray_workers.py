@@ -15,7 +15,8 @@ from fedtl.engines import LocalEngine, hosting
 from fedtl.engines.ray_actor import in_memory, refuse_others
 from fedtl.engines.ray_workers import RayEngine, room
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.types import ClientMetrics, LocalTraining, Population, RoundPlan, head_bytes
+from fedtl.plans import RoundPlan
+from fedtl.types import ClientMetrics, LocalTraining, Population, head_bytes
 
 # Ray leaves it to the garbage collector to close what its processes write to.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")

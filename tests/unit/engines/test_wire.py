@@ -16,16 +16,8 @@ from hypothesis import strategies as st
 from fedtl.engines import wire
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import InputError
-from fedtl.types import (
-    ClientMetrics,
-    ClientUpdates,
-    Compression,
-    LocalTraining,
-    Personal,
-    RoundPlan,
-    Statistics,
-    head_bytes,
-)
+from fedtl.plans import Compression, Personal, RoundPlan, Statistics
+from fedtl.types import ClientMetrics, ClientUpdates, LocalTraining, head_bytes
 
 FACTS = {"round": 3, "rate": 0.1, "name": "Müller <b>", "list": [1, None, True, {"a": "b"}]}
 TENSORS = {

@@ -22,13 +22,14 @@ from fedtl.evaluation.contributions import (
 )
 from fedtl.evaluation.ridge import fit_ridge
 from fedtl.interrupts import Interrupts
+from fedtl.plans import RoundPlan, Statistics
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
 from fedtl.scenario.load import dump_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
 from fedtl.strategies.closed_form import ridge_weights
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows, Statistics
+from fedtl.types import LocalTraining, Population, Rows
 
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 RIDGE = 0.05

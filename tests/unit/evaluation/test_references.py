@@ -17,7 +17,8 @@ from fedtl.evaluation.references import (
     judge_pooled,
     judge_shared,
 )
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.plans import RoundPlan
+from fedtl.types import LocalTraining, Population, Rows
 
 TRAINING = LocalTraining(epochs=2, batch_size=8, learning_rate=0.1)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fedtl.clients.statistics import pack_symmetric, statistics, unpack_symmetric
+from fedtl.plans import RoundPlan, Statistics
 from fedtl.strategies.admissible import inadmissible
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import LocalTraining, RoundPlan, Statistics
+from fedtl.types import LocalTraining
 
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 PLAIN = Statistics()

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from fedtl.strategies import STRATEGIES, ServerState
+from fedtl.plans import RoundPlan
+from fedtl.strategies import ServerState
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
-from fedtl.types import LocalTraining, RoundPlan
+from fedtl.types import LocalTraining
 
 HEAD = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(2, np.float32)}
 

@@ -10,6 +10,7 @@ from scipy.optimize import approx_fprime
 
 from fedtl.clients.statistics import statistics, unpack_symmetric
 from fedtl.errors import InputError
+from fedtl.plans import RoundPlan
 from fedtl.strategies.class_means import (
     CALIBRATION_DECAY,
     CCVR,
@@ -24,7 +25,7 @@ from fedtl.strategies.class_means import (
     softmax_head,
 )
 from fedtl.strategies.closed_form import ABSENT, AFL, Fed3R, OneShot, ridge_weights
-from fedtl.types import LocalTraining, Population, RoundPlan, Rows
+from fedtl.types import LocalTraining, Population, Rows
 
 C, D, K = 4, 6, 5
 ALL = [

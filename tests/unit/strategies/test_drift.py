@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedtl.clients.training import train_clients
+from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.drift import (
     OWN,
@@ -23,7 +24,7 @@ from fedtl.strategies.drift import (
     Scaffold,
     applied_steps,
 )
-from fedtl.types import LocalTraining, RoundPlan
+from fedtl.types import LocalTraining
 
 HERE = Path(__file__).parent
 w = SimpleNamespace(**run_path(str(HERE / "world.py")))

@@ -15,11 +15,12 @@ from scipy.optimize import minimize
 
 from fedtl.clients.tasks import do_task
 from fedtl.evaluation.pooled import fit_pooled
+from fedtl.plans import RoundPlan
 from fedtl.scenario.compatibility import find_conflicts
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState
 from fedtl.strategies.exact import Lbfgs, _lowest, _Search, _two_loop
-from fedtl.types import LocalTraining, RoundPlan, Rows
+from fedtl.types import LocalTraining, Rows
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 oracle = SimpleNamespace(**run_path(str(CLIENTS / "oracle.py")))

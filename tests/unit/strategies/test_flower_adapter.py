@@ -14,11 +14,12 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid, strategy
 
 from fedtl.errors import InputError, ScenarioError
+from fedtl.plans import RoundPlan
 from fedtl.results.commits import Commit, read_commit, write_commit
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.strategies import ServerState, make_strategy
 from fedtl.strategies.flower_adapter import SLOT, FlowerStrategy
-from fedtl.types import ClientFailure, ClientUpdates, LocalTraining, RoundPlan
+from fedtl.types import ClientFailure, ClientUpdates, LocalTraining
 
 ROBUST = {"num_malicious_nodes": 1}
 CASES = {

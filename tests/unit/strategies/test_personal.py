@@ -9,6 +9,7 @@ import pytest
 
 from fedtl.engines import wire
 from fedtl.errors import InputError
+from fedtl.plans import RoundPlan
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import STRATEGIES, make_strategy
 from fedtl.strategies.averaging import FedAvg
@@ -25,7 +26,7 @@ from fedtl.strategies.personal import (
     client_prior,
     degenerate,
 )
-from fedtl.types import LocalTraining, RoundPlan
+from fedtl.types import LocalTraining
 
 NAMES = (
     "finetune", "fedper", "lgfedavg", "fedrep", "fedbabu", "ditto", "pfedme", "apfl", "knnper",

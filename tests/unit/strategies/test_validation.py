@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies.validation import accept_updates
-from fedtl.types import ClientFailure, LocalTraining, RoundPlan
+from fedtl.types import ClientFailure, LocalTraining
 
 HEAD = {"weight": np.zeros((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
 DECLARED = np.full(9, 10, np.int64)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import minimize
 
+from fedtl.plans import RoundPlan
 from fedtl.strategies import base, drift
 from fedtl.strategies.base import ServerState
-from fedtl.types import ClientUpdates, LocalTraining, RoundPlan
+from fedtl.types import ClientUpdates, LocalTraining
 
 LAZY = 10**6
 """A batch that holds everything."""

@@ -19,8 +19,9 @@ from fedtl.deployment.private_data import load_private
 from fedtl.deployment.terms import make_terms
 from fedtl.engines.node import NotPrepared
 from fedtl.errors import FedtlError, InputError, PolicyStop, SecurityRefusal
+from fedtl.plans import RoundPlan, Statistics
 from fedtl.transfer.backbones import open_backbone
-from fedtl.types import LocalTraining, RoundPlan, Statistics
+from fedtl.types import LocalTraining
 
 PRIVATE = ("topsecret", "secret", "smith", "31337", "/")
 """What stands in paths, file names and cells here; no reply may hold any of it."""

@@ -11,7 +11,8 @@ import pytest
 
 from fedtl.build import Built, make_federation, open_data
 from fedtl.engines.flower_engine import FlowerEngine
-from fedtl.types import LocalTraining, Population, RoundPlan
+from fedtl.plans import RoundPlan
+from fedtl.types import LocalTraining, Population
 
 TRUNKS = {
     "efficientnet_lite0": {"name": "efficientnet_lite0", "weights": "default"},

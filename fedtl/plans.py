@@ -1,0 +1,238 @@
+"""What clients are asked to do in a round; decided before any engine runs, and all that travels.
+
+Axes as in ``types``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil, prod
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.types import (
+    ClientFailure,
+    ClientUpdates,
+    Float32,
+    Head,
+    Int64,
+    LocalTraining,
+    UInt64,
+    head_bytes,
+)
+
+Task = Literal["train", "gradient", "statistics"]
+"""What clients do in a round: train the head, give the full gradient of their mean loss at it, or
+sum statistics of their features."""
+
+Report = Literal["start_loss", "start_gradient"]
+"""What a training client says besides: its mean loss over all its rows before training, and the
+gradient of that loss."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which sums over its training rows a client gives; z is a row's features [W] (see ``width``).
+
+    Attributes:
+        gram: also sum of z z^T.
+        class_grams: also that sum for each class apart.
+        bias: z ends with a 1.
+        random_features: R; 0 sums the features x themselves, else z = sqrt(2/R) cos(x Omega + b).
+        scale: standard deviation of Omega's entries.
+        key: seeds Omega and b, the same for all clients.
+    """
+
+    gram: bool = True
+    class_grams: bool = False
+    bias: bool = True
+    random_features: int = 0
+    scale: float = 1.0
+    key: int = 0
+
+    def width(self, num_features: int) -> int:
+        """W, the length of z."""
+        return (self.random_features or num_features) + self.bias
+
+
+Packing = Literal["top_k", "int8", "sign"]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a client's update is packed before it leaves, see ``clients.compression``.
+
+    Attributes:
+        kind: "top_k" (largest entries), "int8", or "sign" (one bit each).
+        fraction: of the entries that top_k sends, in (0, 1].
+        error_feedback: what was not sent is added to the client's next update.
+    """
+
+    kind: Packing
+    fraction: float = 0.01
+    error_feedback: bool = True
+
+
+Personalisation = Literal[
+    "finetune",
+    "partial",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "pfedme",
+    "apfl",
+    "knnper",
+    "ridge",
+    "prior",
+]
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What a client has of its own beside the shared head, see ``clients.personal``.
+
+    Nothing of it leaves the client. A field that the method does not use is left at its default.
+
+    Attributes:
+        method: how the client's own head, or prediction, comes about.
+        local: names of the head's tensors that stay with the client and are never sent.
+        strength: lambda of ditto and pfedme.
+        epochs: of the client's own training.
+        inner_steps: pfedme's K.
+        alpha: apfl's share of the client's own head.
+        adaptive: whether apfl's alpha follows its gradient.
+        neighbours, scale: knnper's; ``scale`` is also ridge's temperature.
+        choices: among which the client chooses (knnper's lambdas, ridge's rhos), or the log-prior
+            of every class that "prior" replaces.
+    """
+
+    method: Personalisation
+    local: tuple[str, ...] = ()
+    strength: float = 0.0
+    epochs: int = 0
+    inner_steps: int = 0
+    alpha: float = 0.5
+    adaptive: bool = False
+    neighbours: int = 0
+    scale: float = 1.0
+    choices: tuple[float, ...] = ()
+
+    @property
+    def completes(self) -> bool:
+        """Whether the shared head is no model without it."""
+        partial = self.method == "partial" and bool(self.local)
+        return partial or self.method in ("fedrep", "fedbabu")
+
+
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Tensors by name, with shape and type."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round, decided before any engine runs.
+
+    Attributes:
+        round: 1 for the first.
+        clients: sorted client ids, int64 [k].
+        batch_keys: the stream that orders each client's batches, uint64 [k].
+        training: hyper-parameters of the round.
+        needed: answers with which the round may close, or None for all.
+        task: what the clients do.
+        corrections: name -> float32 [k, ...], what each client adds to the gradient of every one
+            of its steps (drift-corrected strategies); empty for none.
+        reports: what training clients say besides their head.
+        statistics: what is summed, for the task "statistics".
+        compression: how updates are packed, None for as they are.
+        personal: what clients do for themselves in the round, None for nothing.
+    """
+
+    round: int
+    clients: Int64
+    batch_keys: UInt64
+    training: LocalTraining
+    needed: int | None = None
+    task: Task = "train"
+    corrections: Mapping[str, Float32] = field(default_factory=dict)
+    reports: tuple[Report, ...] = ()
+    statistics: Statistics | None = None
+    compression: Compression | None = None
+    personal: Personal | None = None
+
+    def part(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> RoundPlan:
+        """The plan for some of its clients: their places (or a mask) among ``clients``."""
+        return replace(
+            self,
+            clients=self.clients[places],
+            batch_keys=self.batch_keys[places],
+            corrections={name: tensor[places] for name, tensor in self.corrections.items()},
+        )
+
+    def without(self, clients: Int64) -> RoundPlan:
+        """The plan for all its clients but the given ones."""
+        return self.part(~np.isin(self.clients, clients))
+
+    def reply(self, head: Head) -> Shapes:
+        """The tensors that each client answers with, for a head of this form."""
+        local = self.personal.local if self.personal is not None else ()
+        head = {name: tensor for name, tensor in head.items() if name not in local}
+        own: Shapes = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in head.items()}
+        if self.task == "gradient":
+            return {name: (shape, np.dtype(np.float64)) for name, (shape, _) in own.items()}
+        if self.task == "statistics":
+            assert self.statistics is not None
+            return _sums(self.statistics, *head["weight"].shape)
+        if self.compression is not None:
+            return _packed(self.compression, head)
+        if "start_gradient" in self.reports:
+            own = {**own, **{f"start_gradient.{name}": own[name] for name in head}}
+        return own
+
+    def up_bytes(self, head: Head) -> int:
+        """Logical payload of one client's answer, in bytes."""
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.reply(head).values())
+
+    def down_bytes(self, head: Head) -> int:
+        """Logical payload of what one client is sent, in bytes; statistics need no head."""
+        sent = head_bytes(head) if self.task != "statistics" else 0
+        return sent + sum(tensor[:1].nbytes for tensor in self.corrections.values())
+
+
+def _sums(asked: Statistics, num_classes: int, num_features: int) -> Shapes:
+    """The tensors of a client's statistics; a Gram matrix travels as its upper triangle by rows."""
+    width, real = asked.width(num_features), np.dtype(np.float64)
+    packed = width * (width + 1) // 2
+    shapes: Shapes = {
+        "counts": ((num_classes,), np.dtype(np.int64)),
+        "sums": ((num_classes, width), real),
+    }
+    if asked.gram:
+        shapes["gram"] = ((packed,), real)
+    if asked.class_grams:
+        shapes["class_grams"] = ((num_classes, packed), real)
+    return shapes
+
+
+def _packed(asked: Compression, head: Head) -> Shapes:
+    """A compressed update: all tensors as one vector, a scale for each tensor."""
+    size = sum(tensor.size for tensor in head.values())
+    scales = ((len(head),), np.dtype(np.float32))
+    if asked.kind == "top_k":
+        kept = (max(1, ceil(asked.fraction * size)),)
+        return {
+            "top_k.places": (kept, np.dtype(np.int32)),
+            "top_k.values": (kept, np.dtype(np.float32)),
+        }
+    if asked.kind == "int8":
+        return {"int8.values": ((size,), np.dtype(np.int8)), "int8.scales": scales}
+    return {"sign.bits": ((-(-size // 8),), np.dtype(np.uint8)), "sign.scales": scales}
+
+
+def no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
+    """A reply of nobody: only why clients have none."""
+    none = {name: np.empty((0, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()}
+    empty = np.empty(0, np.int64)
+    return ClientUpdates(plan.round, empty, none, empty, np.empty(0), failures)
