@@ -108,11 +108,8 @@ def _exchanged(
         rounds = min(rounds, -(-clients // cohort))
     elif isinstance(strategy, WarmStart):
         first = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
-        down, up, rounds = (
-            first.down_bytes(head) * cohort,
-            first.up_bytes(head) * cohort,
-            rounds - 1,
-        )
+        down, up = first.down_bytes(head) * cohort, first.up_bytes(head) * cohort
+        rounds -= 1
         strategy = strategy.then
     plan = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
     times = min(clients, cohort * rounds) if task == "statistics" else cohort * rounds

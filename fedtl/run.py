@@ -227,6 +227,10 @@ def _judge(built: Built, store: PersonalStore) -> Judge:
             else:
                 decay = scenario.training.weight_decay
                 found[name] = references.judge_pooled(place, federation.head, decay, check)
+        pooled = found.get("centralised")
+        if pooled is not None and set(head) == set(federation.head):  # else it is of another kind
+            decay = scenario.training.weight_decay
+            found["federated"].facts.update(references.from_optimum(place, head, pooled, decay))
         return found
 
     return judge

@@ -37,12 +37,14 @@ class Judgement:
             ``accuracy_everyone`` on everybody's.
         own: metrics of each client's head on its own test examples.
         everyone: metrics of each client's head on everybody's test examples.
+        head: the judged one, where all share it and it is asked for later.
     """
 
     clients: Int64
     facts: dict[str, Any]
     own: PerClient
     everyone: PerClient
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,44 @@ def judge_pooled(
         evaluations=fit.evaluations,
         converged=fit.converged,
     )
-    return judgement
+    return replace(judgement, head=fit.head)
+
+
+def from_optimum(
+    judge: Judge, head: Head, pooled: Judgement, weight_decay: float
+) -> dict[str, float | None]:
+    """How far a head is from the pooled optimum, which with a linear head is the one right answer.
+
+    Args:
+        pooled: as ``judge_pooled`` gives it.
+        weight_decay: of the objective that both are measured by.
+
+    Returns:
+        ``excess_loss``: the head's loss on everybody's training examples, weight decay with it,
+        above the optimum's; a little below 0 where the optimum's own fit is not exact.
+        ``optimum_distance``: |w - w*| / |w*|; None where the fit did not converge, as separable
+        data without weight decay have no finite optimum.
+    """
+    everybody = np.arange(judge.population.num_clients)
+    loss = evaluate_clients(
+        judge.population,
+        head,
+        everybody,
+        split="train",
+        threads=judge.threads,
+        device=judge.device,
+    )
+    squares = sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in head.values())
+    mean = float(loss.loss_sum.sum()) / max(1, int(loss.count.sum()))
+    excess = mean + weight_decay / 2 * squares - pooled.facts["train_loss"]
+    distance = None
+    if pooled.facts["converged"] and pooled.head is not None:
+        gap = sum(
+            float(np.square(head[n] - t, dtype=np.float64).sum()) for n, t in pooled.head.items()
+        )
+        size = sum(float(np.square(t, dtype=np.float64).sum()) for t in pooled.head.values())
+        distance = defined(float(np.sqrt(gap / size)))
+    return {"excess_loss": defined(excess), "optimum_distance": distance}
 
 
 def judge_shared(judge: Judge, head: Head) -> Judgement:

@@ -13,6 +13,7 @@ from fedtl.evaluation.pooled import fit_pooled
 from fedtl.evaluation.references import (
     Judge,
     everyone_rows,
+    from_optimum,
     judge_alone,
     judge_pooled,
     judge_shared,
@@ -118,3 +119,24 @@ def test_a_sample_stands_for_everybody_when_there_are_too_many(population: Popul
     assert set(rows.tolist()) <= set(population.test.index.tolist())
     assert rows.tolist() == everyone_rows(population, clients, 7, seed=3).tolist()
     assert rows.tolist() != everyone_rows(population, clients, 7, seed=4).tolist()
+
+
+def test_the_distance_to_the_optimum_is_none_at_the_optimum(
+    judge: Judge, population: Population
+) -> None:
+    pooled = judge_pooled(judge, zeros(population), weight_decay=0.1)
+    assert pooled.head is not None
+    there = from_optimum(judge, pooled.head, pooled, 0.1)
+    assert there["optimum_distance"] == 0
+    assert there["excess_loss"] == pytest.approx(0, abs=1e-6)
+    far = from_optimum(judge, zeros(population), pooled, 0.1)
+    assert far["optimum_distance"] == pytest.approx(1)
+    assert far["excess_loss"] == pytest.approx(np.log(3) - pooled.facts["train_loss"], abs=1e-6)
+
+
+def test_without_a_finite_optimum_there_is_no_distance(
+    judge: Judge, population: Population
+) -> None:
+    pooled = judge_pooled(judge, zeros(population), weight_decay=0.1)
+    pooled.facts["converged"] = False
+    assert from_optimum(judge, zeros(population), pooled, 0.1)["optimum_distance"] is None
