@@ -245,6 +245,11 @@ class Terminal:
         self.console.print(f"\n[bold]{shown(verdict.headline)}[/]")
         for line in verdict.lines:
             self.console.print(shown(line), highlight=False)
+        if (excess := summary["final"].get("excess_loss")) is not None:
+            self.console.print(
+                f"Its training loss is {max(0.0, excess):.3g} above that of the pooled optimum.",
+                highlight=False,
+            )
         seconds = summary["seconds"]
         self.console.print(
             f"Moved {size(summary['bytes_up'] + summary['bytes_down'])} "

@@ -174,17 +174,17 @@ def from_optimum(
         threads=judge.threads,
         device=judge.device,
     )
-    squares = sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in head.values())
     mean = float(loss.loss_sum.sum()) / max(1, int(loss.count.sum()))
-    excess = mean + weight_decay / 2 * squares - pooled.facts["train_loss"]
+    excess = mean + weight_decay / 2 * _squares(head) - pooled.facts["train_loss"]
     distance = None
     if pooled.facts["converged"] and pooled.head is not None:
-        gap = sum(
-            float(np.square(head[n] - t, dtype=np.float64).sum()) for n, t in pooled.head.items()
-        )
-        size = sum(float(np.square(t, dtype=np.float64).sum()) for t in pooled.head.values())
-        distance = defined(float(np.sqrt(gap / size)))
+        apart = {name: head[name] - tensor for name, tensor in pooled.head.items()}
+        distance = defined(float(np.sqrt(_squares(apart) / _squares(pooled.head))))
     return {"excess_loss": defined(excess), "optimum_distance": distance}
+
+
+def _squares(head: Head) -> float:
+    return sum(float(np.square(tensor, dtype=np.float64).sum()) for tensor in head.values())
 
 
 def judge_shared(judge: Judge, head: Head) -> Judgement:
