@@ -82,7 +82,7 @@ def run(
     path = out or new_run_path(chosen)
     refuse_taken(path)
     console = _console(as_json)
-    command = _again(scenario, overrides)
+    command = _again(scenario, overrides, engine)
     summaries: list[dict[str, Any]] = []
     with Interrupts() as interrupts:
         for seed in range(chosen.seed, chosen.seed + seeds):
@@ -259,11 +259,12 @@ def cache_rm(
     typer.echo(f"freed {freed / 2**20:.1f} MiB")
 
 
-def _again(scenario: str, overrides: list[str] | None) -> str:
+def _again(scenario: str, overrides: list[str] | None, engine: str | None = None) -> str:
     """What the user called, for commands to type next."""
     import shlex
 
-    settings = [part for override in overrides or () for part in ("--set", override)]
+    settings = ["--engine", engine] if engine else []
+    settings += [part for override in overrides or () for part in ("--set", override)]
     return shlex.join([scenario, *settings])
 
 

@@ -159,7 +159,7 @@ class Participation(Section):
         1.0, description="this many times the cohort is asked; the first answers are used"
     )
     absent: list[Absence] = Field(
-        default_factory=list, description="simulation: who drops out, e.g. as in a real run"
+        default_factory=list, description="who does not answer, e.g. as it was in another run"
     )
 
 
