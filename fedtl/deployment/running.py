@@ -25,9 +25,10 @@ from fedtl.interrupts import Interrupts
 from fedtl.results.files import write_atomic
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.rounds import Federation as Rounds
+from fedtl.scenario.compatibility import check_cohort
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import make_strategy
+from fedtl.strategies import make_strategy, notes_of
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.heads import initial_head
@@ -64,6 +65,13 @@ def run_deployed(scenario: Scenario, path: Path, deployment: Deployment) -> dict
             run was interrupted or too few clients came.
     """
     started = time.perf_counter()
+    if scenario.attack.kind != "none":
+        raise InputError(
+            "an attack is for simulation only, nobody is made to lie among real clients",
+            where="attack.kind",
+            got=repr(scenario.attack.kind),
+            allowed='"none"',
+        )
     deployment.federation.join()
     refuse_taken(path)
     deployment.hint(path)
@@ -182,6 +190,7 @@ def _prepare(
         "versions": machine.versions(),
         **gathered.identity,
     }
+    check_cohort(scenario, roster.num_clients)
     head = initial_head(scenario.head, roster.width, len(roster.classes), scenario.seed)
     strategy = make_strategy(scenario, roster.names)
     federation = Rounds(scenario, roster, head, strategy, engine, identity)
@@ -210,6 +219,7 @@ def _prepare(
         notes=[
             *(f"{name} is left out: {reason}" for name, reason in gathered.left_out.items()),
             *_for_simulation(scenario),
+            *notes_of(scenario, roster, head, real=True),
         ],
     )
 

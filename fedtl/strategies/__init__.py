@@ -87,21 +87,31 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
 __all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy", "notes_of", "tasks_of"]
 
 
-def notes_of(scenario: Scenario, roster: Roster, head: Head) -> list[str]:
-    """What a user should know of the strategy before the first round, a line each."""
+def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = False) -> list[str]:
+    """What a user should know of the strategy before the first round, a line each.
+
+    Args:
+        real: clients are other people's machines.
+    """
     section = scenario.strategy
     notes = [note] if (note := degenerate(section.name, scenario.head.kind)) else []
-    if getattr(section, "keep_statistics", False):
-        nobody, no_keys = np.empty(0, np.int64), np.empty(0, np.uint64)
-        plan = RoundPlan(1, nobody, no_keys, LocalTraining(0, 1, 0.0))
-        strategy = make_strategy(scenario, roster.names)
-        asked = strategy.plan(strategy.init(head, roster.num_clients), plan)
-        size = asked.up_bytes(head) * roster.num_clients
-        if asked.task == "statistics" and size > KEPT_BYTES:
-            notes.append(
-                f"the clients' statistics ({size / 2**30:.1f} GiB) are not kept: nobody's "
-                "contribution can be told, and nobody be forgotten, without asking again"
-            )
+    if not getattr(section, "keep_statistics", False):
+        return notes
+    nobody, no_keys = np.empty(0, np.int64), np.empty(0, np.uint64)
+    plan = RoundPlan(1, nobody, no_keys, LocalTraining(0, 1, 0.0))
+    strategy = make_strategy(scenario, roster.names)
+    asked = strategy.plan(strategy.init(head, roster.num_clients), plan)
+    size = asked.up_bytes(head) * roster.num_clients
+    if asked.task == "statistics" and size > KEPT_BYTES:
+        notes.append(
+            f"the clients' statistics ({size / 2**30:.1f} GiB) are not kept: nobody's "
+            "contribution can be told, and nobody be forgotten, without asking again"
+        )
+    elif asked.task == "statistics" and real:
+        notes.append(
+            "each client's statistics stay in the run's folder, to tell contributions and to "
+            "forget a client; strategy.keep_statistics = false leaves them out"
+        )
     return notes
 
 

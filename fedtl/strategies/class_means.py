@@ -82,7 +82,8 @@ class FedLDA(OneShot):
 
     def personal(self, state: ServerState) -> Personal | None:
         """With ``client_prior`` each client's own class frequencies in place of everybody's."""
-        return client_prior(state.slots["counts"]) if self.client_prior else None
+        counts = state.slots["counts"]
+        return client_prior(counts) if self.client_prior and counts.any() else None
 
     def asked(self) -> Statistics:
         """A and class sums."""
