@@ -449,3 +449,87 @@ def test_two_runs_can_be_compared_by_what_they_planned(
     assert (a.cohorts, a.batches) == (b.cohorts, b.batches)
     assert a.cohorts == c.cohorts == d.cohorts  # everybody takes part
     assert len({a.batches, c.batches, d.batches}) == 3
+
+
+class Asked(LocalEngine):
+    """Writes down who was asked together; may falsify statistics."""
+
+    def __init__(self, population: Population, liars: tuple[int, ...] = ()) -> None:
+        super().__init__(population, 1)
+        object.__setattr__(self, "liars", liars)
+        object.__setattr__(self, "asked", [])
+
+    def run_clients(self, plan, head):
+        self.asked.append(plan.clients.tolist())
+        (reply,) = super().run_clients(plan, head)
+        reply.tensors["sums"][np.isin(reply.clients, self.liars)] *= 3
+        return [reply]
+
+
+FED3R = {"strategy": {"name": "fed3r"}, "clients": {"fraction": 0.6}, "rounds": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"random_features": 5, "scale": 0.2}])
+def test_statistics_in_waves_of_one_give_the_bits_of_one_wave(
+    options: dict, population: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**FED3R, "strategy": {"name": "fed3r", **options}}
+    together, apart = Asked(population), Asked(population)
+    one, progress = run(federation(population, together, **changes), tmp_path / "one")
+    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 1)
+    many, again = run(federation(population, apart, **changes), tmp_path / "many")
+    assert [len(wave) for wave in apart.asked] == [1] * 5
+    assert [k for wave in together.asked for k in wave] == [k for wave in apart.asked for k in wave]
+    assert len(together.asked) < 5
+    for a, b in ((one.head, many.head), (one.slots, many.slots)):
+        assert {n: t.tobytes() for n, t in a.items()} == {n: t.tobytes() for n, t in b.items()}
+    assert one.slots["reported"].all()
+    for key in ("cohorts", "batches", "bytes_up", "bytes_down", "client_rounds"):
+        assert getattr(progress, key) == getattr(again, key)
+    rows = [pd.read_parquet(tmp_path / name / "clients.parquet") for name in ("one", "many")]
+    pd.testing.assert_frame_equal(*rows, check_exact=True)
+
+
+def test_a_liar_alone_in_its_wave_stops_nobody(
+    population: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 1)
+    changes = {"rounds": 2, "strategy": {"name": "fed3r"}}
+    state, _ = run(federation(population, Asked(population, (2,)), **changes), tmp_path / "lie")
+    assert state.slots["reported"].tolist() == [1, 1, 0, 1, 1]
+    table = pd.read_parquet(tmp_path / "lie" / "clients.parquet").query("client == 2")
+    refused = table[table["split"] == "train"]["status"].tolist()
+    assert len(refused) == 2  # asked again, and refused again
+    assert all(why.startswith("unused: statistics: ") for why in refused)
+    absent = [{"round": r, "clients": ["client-2"]} for r in (1, 2)]
+    made = federation(population, **changes, participation={"absent": absent})
+    without, _ = run(made, tmp_path / "absent")
+    assert same_bits(state, without)
+
+
+def test_where_all_lie_the_run_stops_by_its_quorum(population: Population, tmp_path: Path) -> None:
+    made = federation(population, Asked(population, (0, 1, 2, 3, 4)), strategy={"name": "fed3r"})
+    with pytest.raises(PolicyStop, match="3 rounds in a row missed the quorum.*statistics"):
+        run(made, tmp_path / "run")
+
+
+def test_who_has_reported_before_counts_for_the_quorum(
+    population: Population, tmp_path: Path
+) -> None:
+    first, second = (sample_cohort(0, round, 5, 3).tolist() for round in (1, 2))
+    new = sorted(set(second) - set(first))
+    assert len(new) == 2  # one of the second cohort has reported
+    missing = [new, new[:1], []]
+    for quorum, wanted in ((2, [True, False, False]), (3, [True, True, False])):
+        for away, abandoned in zip(missing, wanted, strict=True):
+            answers = {1: first, 2: sorted(set(second) - set(away))}
+            engine = Sparse(population, lambda round, answers=answers: answers[round])
+            made = federation(
+                population, engine, **{**FED3R, "rounds": 2}, participation={"quorum": quorum}
+            )
+            rows: list = []
+            place = tmp_path / f"{quorum} {len(away)}"
+            state, _ = run(made, place, observe=lambda row, updates, rows=rows: rows.append(row))
+            assert [row["abandoned"] for row in rows] == [False, abandoned]
+            reported = set(np.flatnonzero(state.slots["reported"]).tolist())
+            assert reported == set(first) | (set() if abandoned else set(new) - set(away))
