@@ -40,7 +40,7 @@ from fedtl.strategies.base import ServerState, Strategy, Summing, personal_of
 from fedtl.strategies.validation import accept_updates
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster
 
-WAVE_BYTES = 2**24
+WAVE_BYTES = 2**23
 """Statistics of clients that are held at once; a single client's may be larger."""
 
 
@@ -145,7 +145,7 @@ def _trained(
     parts: list[ClientUpdates] = []
     summed = state
     each = plan.up_bytes(state.head)
-    at_a_time = max(1, WAVE_BYTES // each)
+    at_a_time = max(1, getattr(federation.engine, "held_bytes", WAVE_BYTES) // each)
     everybody = each * federation.roster.num_clients
     keeps = getattr(strategy, "keep_statistics", False) and everybody <= KEPT_BYTES
     for first in range(0, len(plan.clients), at_a_time):

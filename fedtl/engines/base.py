@@ -12,6 +12,9 @@ from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64
 class Engine(Protocol):
     """Runs clients somewhere: in this process, on a cluster, on other people's machines.
 
+    An engine whose clients work apart from this process, and should do so at the same time, says in
+    ``held_bytes`` how much of what they answer may be held at once.
+
     Every engine calls the kernel in ``fedtl.clients``, so all give the same bits.
     """
 

@@ -40,6 +40,8 @@ T = TypeVar("T")
 STEP_SECONDS = 0.2
 """Between two looks whether clients are back."""
 
+SILENCE = "no answer"
+
 Seats = Mapping[int, Int64]
 """Node -> the clients it hosts, sorted ids."""
 
@@ -88,6 +90,7 @@ class FlowerEngine:
         quorum: clients without whose updates a round counts for nothing.
         waiting_seconds: for so long a round waits for as many to be there before it begins.
         opening, letting_go: called by ``start`` before anything else, and by ``close``.
+        held_bytes: see Engine.
     """
 
     exchange: Exchange
@@ -101,6 +104,8 @@ class FlowerEngine:
     waiting_seconds: float = 0.0
     opening: Callable[[], None] = lambda: None
     letting_go: Callable[[], None] = lambda: None
+    held_bytes: int = 2**28
+    _silent: tuple[int, ...] = ()  # clients that let the round's training pass without a word
 
     def start(self, head: Head) -> None:
         """Seat all clients and let every node load what it needs, with its smallest client."""
@@ -129,16 +134,22 @@ class FlowerEngine:
         question = Question("train", plan.round, request, read, limit, needed)
         self._wait_for(min(self.quorum, len(plan.clients)), plan.clients)
         replies, missing = self._collect(question, plan.clients)
+        self._silent = tuple(c for c, why in missing.items() if why.startswith(SILENCE))
         failures = tuple(ClientFailure(client, why) for client, why in sorted(missing.items()))
         return [*replies, no_updates(plan, head, failures)]
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
-        """The clients that could be judged, sorted by id."""
+        """The clients that could be judged, sorted by id.
+
+        Right after a round's training those are not asked that were silent in it: each would cost
+        the round a second deadline.
+        """
+        asked, self._silent = np.setdiff1d(clients, self._silent), ()
 
         def request(some: Int64) -> Request:
             return evaluate_request(head, some)
 
-        return self._metrics("evaluate", request, head, clients)
+        return self._metrics("evaluate", request, head, asked)
 
     def train_alone(
         self,
@@ -229,7 +240,7 @@ class FlowerEngine:
         missing = dict.fromkeys([int(client) for client in clients], "its node is not there")
         one = self.deadline_seconds
         seconds = None if one is None else one * question.deadlines
-        silence = "no answer" if seconds is None else f"no answer within {seconds:g} s"
+        silence = SILENCE if seconds is None else f"{SILENCE} within {seconds:g} s"
         missing.update(dict.fromkeys(_everybody(asked), silence))
         requests = {node: question.request(own) for node, own in asked.items()}
         found: list[T] = []

@@ -71,6 +71,7 @@ class RayEngine:
         block_size: clients in a block; None divides evenly.
         deadline_seconds: a round closes then without the blocks that are missing; None for never.
         store: where clients keep what is theirs; every worker must reach its folder.
+        held_bytes: see Engine.
     """
 
     population: Population
@@ -81,6 +82,7 @@ class RayEngine:
     block_size: int | None = None
     deadline_seconds: float | None = None
     store: PersonalStore | None = None
+    held_bytes: int = 2**28
     _stack: ExitStack = field(default_factory=ExitStack)
     _cluster: ray_cluster.Cluster | None = None
     _make: Callable[[], tuple[Actor, Any]] | None = None

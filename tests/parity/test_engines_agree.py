@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedtl.build import make_federation, open_data
+from fedtl.build import Built, make_federation, open_data
+from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import head_hash
 from fedtl.engines import Engine
+from fedtl.evaluation.personalised import judge_personalised
+from fedtl.evaluation.references import Judge, everyone_rows
 from fedtl.interrupts import Interrupts
 from fedtl.parity import COMPARED, Quiet, certify, ways
+from fedtl.planning import local_training
 from fedtl.results.runs import RunFolder
-from fedtl.rounds import Federation, run_rounds
+from fedtl.rounds import run_rounds
 from fedtl.run import run_scenario
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
+from fedtl.strategies.base import ServerState, personal_of
 
 pytestmark = [  # Ray leaves sockets and its own dead children to the garbage collector
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -61,6 +67,43 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+HALF = {"partition": "natural", "fraction": 0.5}
+
+TRAVELLING: dict[str, dict[str, Any]] = {
+    "corrections": {"clients": HALF, "strategy": {"name": "scaffold"}},
+    "corrections and a proximal term": {"clients": HALF, "strategy": {"name": "feddyn"}},
+    "gradients": {
+        "training": {"weight_decay": 1e-3, "batch_size": 8},
+        "strategy": {"name": "lbfgs"},
+        "rounds": 5,
+    },
+    "statistics in waves": {
+        "clients": HALF,
+        "strategy": {"name": "fed3r", "random_features": 16, "scale": 0.2},
+        "rounds": 4,
+    },
+    "gradients beside heads": {"strategy": {"name": "mime"}},
+    "losses beside heads": {"strategy": {"name": "qfedavg"}},
+    "heads of the clients' own": {"clients": HALF, "strategy": {"name": "ditto"}},
+    "layers of the clients' own": {
+        "clients": HALF,
+        "strategy": {"name": "fedrep", "head_epochs": 1},
+        "head": {"kind": "mlp", "hidden": [6]},
+    },
+    "packed updates": {
+        "clients": HALF, "compression": {"kind": "top_k", "fraction": 0.1}, "rounds": 4,
+    },
+    "statistics first, then updates": {
+        "strategy": {"name": "fedavgm"}, "head": {"initial": "fed3r"},
+    },
+    "a strategy of Flower's": {
+        "strategy": {
+            "name": "flower", "class": "FedAdam", "parameters": {"fraction_train": 0.5},
+        },
+    },
+}  # fmt: skip
+"""Every kind of thing that is sent or kept besides heads."""
+
 ENGINES: dict[str, dict[str, Any]] = {
     "local in blocks of 7": {"kind": "local", "threads": 2, "block_size": 7},
     "local in one block": {"kind": "local", "threads": 1, "block_size": 1000},
@@ -70,6 +113,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     "flower, one node": {"kind": "flower", "num_cpus": 1, "num_nodes": 1, "block_size": 1000},
     "flower, three nodes": {"kind": "flower", "num_cpus": 2, "num_nodes": 3, "block_size": 1},
 }
+
+
+CARRYING = ("local in blocks of 7", "ray, two workers", "flower, three nodes")
+"""One way of each engine for what travels besides heads."""
+
+PAIRS = [
+    (way, name)
+    for way in ENGINES
+    for name in [*SCENARIOS, *(TRAVELLING if way in CARRYING else ())]
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +149,9 @@ def run(people: Path, place: Path, changes: dict[str, Any], engine: dict[str, An
     return run_scenario(scenario, place, Quiet(lambda note: None), Interrupts())
 
 
-def rounds(federation: Federation, place: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def rounds(built: Built, place: Path, store: PersonalStore) -> tuple[dict[str, Any], pd.DataFrame]:
     """The loop alone: what a run's summary would compare, and every client's rows."""
+    federation = built.federation
     folder = RunFolder.create(place, "")
     try:
         state, done = run_rounds(federation, folder, lambda row, updates: None, Interrupts())
@@ -105,7 +159,8 @@ def rounds(federation: Federation, place: Path) -> tuple[dict[str, Any], pd.Data
     finally:
         folder.release()
     return {
-        "head_sha256": head_hash(state.head),
+        "personal": judged(built, state, done.round, store),
+        "head_sha256": head_hash(state.result),
         "cohorts_blake2b": done.cohorts,
         "batches_blake2b": done.batches,
         "bytes_up": done.bytes_up,
@@ -113,16 +168,33 @@ def rounds(federation: Federation, place: Path) -> tuple[dict[str, Any], pd.Data
     }, pd.read_parquet(place / "clients.parquet")
 
 
+def judged(built: Built, state: ServerState, rounds: int, store: PersonalStore) -> Any:
+    """What the clients' own heads are worth, as the summary has it."""
+    scenario, people = built.federation.scenario, built.population
+    personal = personal_of(built.federation.strategy, state)
+    if personal is None:
+        return None
+    everybody = np.arange(people.num_clients)
+    judge = Judge(people, everybody, everyone_rows(people, everybody, 10_000, 0), 1, "cpu")
+    training = local_training(scenario, 1)
+    return judge_personalised(
+        judge, state.result, personal, training, rounds, scenario.seed, store
+    ).facts
+
+
 @pytest.fixture(scope="module")
 def simplest(people: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every scenario, client by client on one thread."""
     engine = {"kind": "local", "threads": 1, "block_size": 1}
     found = {}
-    for name, changes in SCENARIOS.items():
+    for name, changes in {**SCENARIOS, **TRAVELLING}.items():
         place = tmp_path_factory.mktemp("simplest")
         summary = run(people, place, changes, engine)
         rows = pd.read_parquet(place / "clients.parquet").query("split != 'everyone'")
-        found[name] = {key: summary[key] for key in COMPARED}, rows.reset_index(drop=True)
+        found[name] = (
+            {key: summary[key] for key in (*COMPARED, "personal")},
+            rows.reset_index(drop=True),
+        )
     return found
 
 
@@ -147,25 +219,38 @@ def test_the_certificate(people: Path) -> None:
     assert os.cpu_count() == 1 or any("2 workers" in name for name in done)
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
-def engine(request: Any, people: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module")
+def engine(
+    request: Any, people: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, PersonalStore]]:
     """One engine for all scenarios, as their clients are the same: starting one takes seconds."""
-    built = make_federation(open_data(scenario_of(people, {}, ENGINES[request.param])))
+    store = PersonalStore(tmp_path_factory.mktemp("own") / "own")
+    opened = open_data(scenario_of(people, {}, ENGINES[request.param]))
+    built = make_federation(opened, store=store)
     made = built.federation.engine
     try:
         made.start(built.federation.head)
-        yield made
+        yield made, store
     finally:
         made.close()
 
 
-@pytest.mark.parametrize("name", list(SCENARIOS))
+@pytest.mark.parametrize(("engine", "name"), PAIRS, indirect=["engine"], scope="module")
 def test_all_engines_give_the_same_bits(
-    name: str, engine: Engine, simplest: dict[str, Any], people: Path, tmp_path: Path
+    name: str,
+    engine: tuple[Engine, PersonalStore],
+    simplest: dict[str, Any],
+    people: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scenario = scenario_of(people, SCENARIOS[name], {"kind": "local"})
-    federation = make_federation(open_data(scenario)).federation
-    facts, rows = rounds(replace(federation, engine=engine), tmp_path / "run")
+    made, store = engine
+    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 2**13)  # of five clients with 16 features
+    shutil.rmtree(store.folder, ignore_errors=True)  # what another scenario's clients kept
+    scenario = {**SCENARIOS, **TRAVELLING}[name]
+    built = make_federation(open_data(scenario_of(people, scenario, {"kind": "local"})))
+    federation = replace(built.federation, engine=made)
+    facts, rows = rounds(replace(built, federation=federation), tmp_path / "run", store)
     wanted, kept = simplest[name]
     assert facts == wanted
     # every loss and norm of every client, and who was refused and why

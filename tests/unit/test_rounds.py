@@ -451,19 +451,20 @@ def test_two_runs_can_be_compared_by_what_they_planned(
     assert len({a.batches, c.batches, d.batches}) == 3
 
 
-class Asked(LocalEngine):
-    """Writes down who was asked together; may falsify statistics."""
+class Asked:
+    """The local engine; writes down who was asked together, and falsifies statistics."""
 
     def __init__(self, population: Population, liars: tuple[int, ...] = ()) -> None:
-        super().__init__(population, 1)
-        object.__setattr__(self, "liars", liars)
-        object.__setattr__(self, "asked", [])
+        self.inner, self.liars, self.asked = LocalEngine(population, 1), liars, []
 
     def run_clients(self, plan, head):
         self.asked.append(plan.clients.tolist())
-        (reply,) = super().run_clients(plan, head)
+        (reply,) = self.inner.run_clients(plan, head)
         reply.tensors["sums"][np.isin(reply.clients, self.liars)] *= 3
         return [reply]
+
+    def evaluate(self, head, clients):
+        return self.inner.evaluate(head, clients)
 
 
 FED3R = {"strategy": {"name": "fed3r"}, "clients": {"fraction": 0.6}, "rounds": 5}
@@ -509,7 +510,7 @@ def test_a_liar_alone_in_its_wave_stops_nobody(
 
 def test_where_all_lie_the_run_stops_by_its_quorum(population: Population, tmp_path: Path) -> None:
     made = federation(population, Asked(population, (0, 1, 2, 3, 4)), strategy={"name": "fed3r"})
-    with pytest.raises(PolicyStop, match="3 rounds in a row missed the quorum.*statistics"):
+    with pytest.raises(PolicyStop, match=r"3 rounds in a row missed the quorum.*statistics"):
         run(made, tmp_path / "run")
 
 

@@ -196,6 +196,18 @@ def test_a_bad_reply_is_refused_by_name_and_the_round_goes_on(lie, nodes, popula
     assert bits(updates) == {c: b for c, b in good.items() if c not in refused}
 
 
+def test_who_was_silent_in_training_costs_the_round_no_second_deadline(nodes, population) -> None:
+    engine = made(nodes, population, deadline_seconds=9.0, real=True)
+    nodes[10].change = lambda f, t: None
+    everybody = np.arange(5)
+    accepted(engine, population, plan([0, 1, 2, 3, 4]))
+    nodes[10].asked.clear()
+    assert engine.evaluate(HEAD, everybody).clients.tolist() == [1, 2, 4]
+    assert nodes[10].asked == []
+    # whoever is judged apart from a round, as the last head is, is asked again
+    assert engine.evaluate(HEAD, everybody).clients.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_yesterdays_reply_is_refused_today(nodes, population) -> None:
     kept: list[bytes] = []
     engine = made(nodes, population, real=True)
