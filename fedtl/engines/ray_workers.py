@@ -30,12 +30,12 @@ from fedtl.types import (
     Head,
     Int64,
     Population,
-    head_bytes,
     join_metrics,
 )
 
-BLOCKS_PER_WORKER = 4
-"""Evens out clients of unequal size."""
+BLOCKS_PER_WORKER, BLOCK_ROWS = 4, 25_000
+"""Several blocks even out clients of unequal size, but each costs some milliseconds on its way: one
+of fewer rows is not worth it."""
 
 LARGEST_BLOCK, LARGEST_REPLY = 256, 2**25
 """Clients whose heads travel back in one message, and bytes of these heads."""
@@ -114,7 +114,8 @@ class RayEngine:
         def train(actor: Actor, block: Block) -> Any:
             return actor.train.remote(plan.part(block), sent)
 
-        blocks = self._blocks(np.arange(len(plan.clients)), plan.up_bytes(head))
+        rows = int(self.population.train.counts[plan.clients].sum())
+        blocks = self._blocks(np.arange(len(plan.clients)), rows, plan.up_bytes(head))
         replies, missing = self._share_out(blocks, train, self.deadline_seconds)
         if missing:
             reason = f"no answer within {self.deadline_seconds:g} s"
@@ -127,7 +128,7 @@ class RayEngine:
         """Each client's own test examples, sorted by client id."""
         sent = self._sent(head)
         parts, _ = self._share_out(
-            self._blocks(clients, head_bytes(head)),
+            self._blocks(clients, int(self.population.test.counts[clients].sum()), 1),
             lambda actor, block: actor.evaluate.remote(block, sent),
             self.deadline_seconds,
         )
@@ -178,9 +179,16 @@ class RayEngine:
 
         return ray.put(dict(head))
 
-    def _blocks(self, items: Int64, num_bytes: int) -> list[Block]:
-        """Blocks of clients whose answers, of so many bytes each, are not too much together."""
-        share = math.ceil(len(items) / (BLOCKS_PER_WORKER * max(1, self._size)))
+    def _blocks(self, items: Int64, rows: int, num_bytes: int) -> list[Block]:
+        """The items in even blocks.
+
+        Args:
+            rows: of all of them together.
+            num_bytes: of the answer to one; a block's are not too much together.
+        """
+        workers = max(1, self._size)
+        wanted = min(max(workers, math.ceil(rows / BLOCK_ROWS)), BLOCKS_PER_WORKER * workers)
+        share = math.ceil(len(items) / wanted)
         most = max(1, min(LARGEST_BLOCK, LARGEST_REPLY // num_bytes))
         size = self.block_size or max(1, min(share, most))
         return [items[first : first + size] for first in range(0, len(items), size)]

@@ -16,7 +16,7 @@ from fedtl.engines.ray_actor import in_memory, refuse_others
 from fedtl.engines.ray_workers import RayEngine, room
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientMetrics, LocalTraining, Population, head_bytes
+from fedtl.types import ClientMetrics, LocalTraining, Population
 
 # Ray leaves it to the garbage collector to close what its processes write to.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
@@ -215,14 +215,18 @@ def test_no_room_is_told(free, asked, told: str) -> None:
 def test_blocks_are_even_and_their_replies_bounded(population) -> None:
     engine = RayEngine(population)
     engine._size = 2
-    sizes = [len(block) for block in engine._blocks(np.arange(200), head_bytes(HEAD))]
-    assert sizes == [25] * 8
-    assert max(len(block) for block in engine._blocks(np.arange(10_000), head_bytes(HEAD))) == 256
-    large = {"weight": np.zeros((10, 2**20), np.float32)}  # 40 MiB each
-    assert {len(block) for block in engine._blocks(np.arange(200), head_bytes(large))} == {1}
-    assert engine._blocks(np.arange(0), head_bytes(HEAD)) == []
+
+    def sizes(clients: int, rows: int, num_bytes: int = 80) -> list[int]:
+        return [len(block) for block in engine._blocks(np.arange(clients), rows, num_bytes)]
+
+    assert sizes(200, 10**7) == [25] * 8
+    assert sizes(200, 100_000) == [50] * 4
+    assert sizes(200, 1000) == [100] * 2
+    assert max(sizes(10_000, 50_000)) == 256
+    assert set(sizes(200, 1000, 40 * 2**20)) == {1}
+    assert sizes(0, 0) == []
     engine.block_size = 7
-    assert [len(block) for block in engine._blocks(np.arange(16), head_bytes(HEAD))] == [7, 7, 2]
+    assert sizes(16, 10**7) == [7, 7, 2]
 
 
 def test_other_versions_on_a_machine_of_the_cluster_are_refused() -> None:
