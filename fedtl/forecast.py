@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from fedtl.build import OpenedData, allowed_threads
 from fedtl.planning import cohort_size, plan_round
 from fedtl.plans import Task
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import make_strategy, tasks_of
+from fedtl.strategies import make_strategy
 from fedtl.strategies.warm_start import WarmStart
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
@@ -65,15 +66,17 @@ def forecast(opened: OpenedData) -> Forecast:
     cohort = min(clients, cohort_size(scenario, clients))
     share = cohort / clients
     parameters = sum(tensor.size for tensor in head.values())
-    task, rounds, down, up = _exchanged(scenario, split.names, head, cohort)
+    sent = _exchanged(scenario, split.names, head, cohort)
     bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
     feature_bytes = len(examples) * width * bytes_each
     flops = 4.0 * len(split.train.index) * share * parameters
-    flops *= scenario.training.local_epochs * rounds if task == "train" else rounds
-    if task == "statistics":
-        flops = 2.0 * len(split.train.index) * width**2
+    flops *= scenario.training.local_epochs * sent.rounds if sent.task == "train" else sent.rounds
+    if sent.task == "statistics":
+        wide = max(width, getattr(scenario.strategy, "random_features", 0))
+        flops = 2.0 * len(split.train.index) * wide**2
     threads = allowed_threads(scenario)
     memory = BASE_BYTES[cached] + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
+    memory += sent.held_bytes
     return Forecast(
         clients,
         len(set(split.domains)),
@@ -81,39 +84,53 @@ def forecast(opened: OpenedData) -> Forecast:
         len(examples.classes),
         len(split.train.index),
         len(split.test.index),
-        rounds,
+        sent.rounds,
         cohort,
         parameters,
-        down,
-        up,
+        sent.bytes_down,
+        sent.bytes_up,
         cached,
         feature_bytes,
         memory,
         0.0 if cached else _extract_seconds(opened, threads),
         flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
-        task,
+        sent.task,
     )
 
 
-def _exchanged(
-    scenario: Scenario, names: tuple[str, ...], head: Head, cohort: int
-) -> tuple[Task, int, int, int]:
-    """What clients mostly do, in how many rounds, and the bytes sent down and up in all of them.
+class Exchanged(NamedTuple):
+    """What clients mostly do, in how many rounds, bytes on the way, and what the server holds."""
 
-    Of statistics every client sends its own once, so rounds end when all have.
-    """
+    task: Task
+    rounds: int
+    bytes_down: int
+    bytes_up: int
+    held_bytes: int
+
+
+def _exchanged(scenario: Scenario, names: tuple[str, ...], head: Head, cohort: int) -> Exchanged:
+    """Of statistics every client sends its own once, so rounds end when all have."""
     strategy, clients = make_strategy(scenario, names), len(names)
-    task, rounds, down, up = tasks_of(scenario)[-1], scenario.rounds, 0, 0
-    if task == "statistics":
-        rounds = min(rounds, -(-clients // cohort))
-    elif isinstance(strategy, WarmStart):
+    rounds, down, up = scenario.rounds, 0, 0
+    if isinstance(strategy, WarmStart):
         first = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
         down, up = first.down_bytes(head) * cohort, first.up_bytes(head) * cohort
         rounds -= 1
         strategy = strategy.then
-    plan = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
-    times = min(clients, cohort * rounds) if task == "statistics" else cohort * rounds
-    return task, rounds, down + plan.down_bytes(head) * times, up + plan.up_bytes(head) * times
+    state = strategy.init(head, clients)
+    plan = plan_round(scenario, clients, strategy, state, 1)
+    if plan.task == "statistics":
+        rounds = min(rounds, -(-clients // cohort))
+    times = min(clients, cohort * rounds) if plan.task == "statistics" else cohort * rounds
+    held = 4 * plan.up_bytes(head) if plan.task == "statistics" else 0
+    held += 3 * sum(slot.nbytes for slot in state.slots.values())
+    return Exchanged(
+        plan.task,
+        rounds,
+        down + plan.down_bytes(head) * times,
+        up + plan.up_bytes(head) * times,
+        held,
+    )
 
 
 def stored_width(opened: OpenedData) -> int | None:

@@ -177,14 +177,14 @@ class RoundPlan:
 
     def reply(self, head: Head) -> Shapes:
         """The tensors that each client answers with, for a head of this form."""
+        if self.task == "statistics":
+            assert self.statistics is not None
+            return _sums(self.statistics, *head["weight"].shape)
         local = self.personal.local if self.personal is not None else ()
         head = {name: tensor for name, tensor in head.items() if name not in local}
         own: Shapes = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in head.items()}
         if self.task == "gradient":
             return {name: (shape, np.dtype(np.float64)) for name, (shape, _) in own.items()}
-        if self.task == "statistics":
-            assert self.statistics is not None
-            return _sums(self.statistics, *head["weight"].shape)
         if self.compression is not None:
             return _packed(self.compression, head)
         if "start_gradient" in self.reports:
@@ -221,7 +221,7 @@ def _packed(asked: Compression, head: Head) -> Shapes:
     size = sum(tensor.size for tensor in head.values())
     scales = ((len(head),), np.dtype(np.float32))
     if asked.kind == "top_k":
-        kept = (max(1, ceil(asked.fraction * size)),)
+        kept = (max(1, ceil(asked.fraction * size - 1e-9)),)  # 0.07 * 100 is 7.000000000000001
         return {
             "top_k.places": (kept, np.dtype(np.int32)),
             "top_k.values": (kept, np.dtype(np.float32)),

@@ -227,7 +227,7 @@ def _refuse_non_finite(state: ServerState, round: int) -> None:
             raise PolicyStop(
                 f"the server's step of round {round} is not finite in {name}; "
                 f"{round - 1} rounds are kept",
-                do="Lower strategy.server_learning_rate or training.learning_rate",
+                do="Lower training.learning_rate, or the strategy's own rate where it has one",
             )
 
 

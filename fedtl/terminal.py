@@ -23,6 +23,7 @@ from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
+from fedtl.strategies import STRATEGIES
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -245,6 +246,11 @@ class Terminal:
         self.console.print(f"\n[bold]{shown(verdict.headline)}[/]")
         for line in verdict.lines:
             self.console.print(shown(line), highlight=False)
+        if (rate := summary["final"].get("backdoor_success")) is not None:
+            self.console.print(
+                f"The backdoor works on {percent(rate)} of the honest clients' triggered examples.",
+                highlight=False,
+            )
         if (excess := summary["final"].get("excess_loss")) is not None:
             self.console.print(
                 f"Its training loss is {max(0.0, excess):.3g} above that of the pooled optimum.",
@@ -295,7 +301,8 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     """Federated beside its references, each judged at home and on everybody's examples."""
     table = plain_table("head", "own tests", "everybody's", "worst 10 %", "spread")
     own = {"personal": summary["personal"]} if summary.get("personal") else {}
-    heads = {"federated": summary["final"], **own, **summary["references"]}
+    shared = {} if own and own["personal"] == summary["final"] else {"federated": summary["final"]}
+    heads = {**shared, **own, **summary["references"]}
     words = {
         "personal": "each client's own, from it",
         "local_only": "each client alone",
@@ -323,6 +330,8 @@ def next_commands(scenario: Scenario, name: str) -> list[str]:
     if scenario.clients.partition == "dirichlet":
         alpha = scenario.clients.alpha / 5
         commands.append((f"fedtl run {name} --set clients.alpha={alpha:g}", "and with more skew?"))
+    elif hasattr(STRATEGIES[scenario.strategy.name], "absorb"):
+        commands.append((f"fedtl run {name} --set strategy.name=lbfgs", "and the exact head?"))
     else:
         rate = scenario.training.learning_rate / 5
         commands.append(

@@ -221,15 +221,16 @@ def alie_z(count: int, lying: int) -> float:
 
 
 def _sign_flip(honest: Float64, own: Float64, section: Attack, streams: Streams) -> Float64:
-    return -section.scale * own
+    return -(section.scale or 1.0) * own
 
 
 def _gaussian(honest: Float64, own: Float64, section: Attack, streams: Streams) -> Float64:
-    return np.stack([s.normal(section.mean, section.scale, own.shape[1]) for s in streams])
+    scale = section.scale or 0.1
+    return np.stack([s.normal(section.mean, scale, own.shape[1]) for s in streams])
 
 
 def _inner_product(honest: Float64, own: Float64, section: Attack, streams: Streams) -> Float64:
-    return np.asarray(-section.scale * honest.mean(axis=0))
+    return np.asarray(-(section.scale or 1.0) * honest.mean(axis=0))
 
 
 def _alie(honest: Float64, own: Float64, section: Attack, streams: Streams) -> Float64:

@@ -51,9 +51,12 @@ from fedtl.types import Int64, Population
 REPLY_SECONDS = 1.0
 """So long a request waits for data or features before it answers how far they are."""
 
+PERSONAL = "personal"
+
 IN_WORDS: Mapping[str, str] = {
     "train": "the update of the head that was trained here: averages over your examples",
     "gradient": "the gradient of the head's loss here: averages over your examples",
+    PERSONAL: "how good a head of this client's own is, made here; the head itself stays",
     "statistics": "sums of your features, of their products, and counts, class by class: of a "
     "class with one example that is the example's features themselves",
 }
@@ -185,9 +188,14 @@ class PrivateHost:
 
     def consent(self, plan: RoundPlan) -> None:
         """Refuse what was not told when this client joined."""
-        idle = plan.task == "train" and plan.training.epochs == 0
-        if plan.task not in self._joined().tasks and not idle:
+        told = self._joined().tasks
+        idle = plan.training.epochs == 0 and not (plan.reports or plan.corrections)
+        if plan.task not in told and not (plan.task == "train" and idle and plan.personal is None):
             raise SecurityRefusal(f"the server asks for {plan.task}, which it did not say before")
+        if plan.personal is not None and PERSONAL not in told:
+            raise SecurityRefusal("the server asks for a head of one's own, which it did not say")
+        if "start_gradient" in plan.reports and "gradient" not in told:
+            raise SecurityRefusal("the server asks for a gradient, which it did not say before")
 
     def store(self) -> PersonalStore | None:
         """A folder for each run, by what stays the same when it is resumed."""

@@ -259,6 +259,7 @@ class Node:
     def _personal(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
         """What the clients make of the last head for themselves stays, its metrics leave."""
         plan, head = read_plan(facts, tensors)
+        self.host.consent(plan)
         here = replace(plan, clients=self.host.ids(plan.clients))
         metrics, _ = judge_personal(
             self.host.population(),

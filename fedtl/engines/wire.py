@@ -26,6 +26,7 @@ from fedtl.plans import (
     Statistics,
     Task,
 )
+from fedtl.scenario.strategies import MOST_RANDOM_FEATURES
 from fedtl.types import (
     ClientMetrics,
     ClientUpdates,
@@ -69,6 +70,8 @@ OPTIONS: Mapping[str, Any] = {
 }
 """What a plan may have besides: one of each, for its fields and their types."""
 METRICS = tuple(ClientMetrics.__dataclass_fields__)
+LARGEST_ANSWER = 2**31
+"""Bytes of what the clients of one request may be asked for together."""
 MAX_TENSORS, MAX_AXES, MAX_HEADER = 64, 8, 2**22
 
 
@@ -225,7 +228,21 @@ def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, He
     for given, known in named:
         if given is not None and given not in get_args(known):
             _refuse("it asks for something unknown", given, ", ".join(get_args(known)))
+    _bounded(plan, head)
     return plan, head
+
+
+def _bounded(plan: RoundPlan, head: Head) -> None:
+    """Refuse what could not be answered, or only with more memory than any answer may take."""
+    asked = plan.statistics
+    if asked is not None and not 0 <= asked.random_features <= MOST_RANDOM_FEATURES:
+        _refuse("it asks for too many random features", asked.random_features)
+    if plan.personal is not None and not 0 <= plan.personal.neighbours < 2**31:
+        _refuse("it asks for an impossible number of neighbours", plan.personal.neighbours)
+    if "weight" not in head or head["weight"].ndim != 2:
+        _refuse("it has no head")
+    if plan.up_bytes(head) * len(plan.clients) > LARGEST_ANSWER:
+        _refuse("its answer would be too large", plan.up_bytes(head), f"{LARGEST_ANSWER} bytes")
 
 
 def _corrections(tensors: Tensors, head: Head, num_clients: int) -> dict[str, Float32]:

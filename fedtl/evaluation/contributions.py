@@ -9,7 +9,7 @@ of the ridge regression onto one-hot labels; accuracy does not follow from these
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,21 +76,25 @@ def squared_error(weights: Float64, sums: Sums) -> float:
 
 
 def contribution_table(
-    total: Sums, clients: Iterable[tuple[int, Sums]], ridge: float
+    total: Sums,
+    clients: Iterable[tuple[int, Sums]],
+    ridge: float,
+    ridge_without: float | None = None,
 ) -> list[Contribution]:
     """Leave each client out in turn (F2).
 
     Args:
         total: sums over all clients.
         clients: id and own sums of each, read one at a time.
-        ridge: of the head, with and without the client.
+        ridge: of the head.
+        ridge_without: of the head without a client; the same by default.
     """
     rows: list[Contribution] = []
     with one_blas_thread():
         weights, _ = ridge_weights(dict(total), ridge)
         for client, own in clients:
             others = without(total, own)
-            left, _ = ridge_weights(others, ridge)
+            left, _ = ridge_weights(others, ridge if ridge_without is None else ridge_without)
             mine, theirs = int(own["counts"].sum()), int(others["counts"].sum())
             rows.append(
                 Contribution(
@@ -101,26 +105,6 @@ def contribution_table(
                 )
             )
     return rows
-
-
-def choose_ridge(
-    total: Sums, clients: Iterable[tuple[int, Sums]], ridges: Sequence[float]
-) -> tuple[float, Float64]:
-    """The ridge whose head errs least on clients that it was made without.
-
-    Returns:
-        The ridge (the first of equals), and for each given one the mean squared error per row over
-        all left-out clients.
-    """
-    errors, examples = np.zeros(len(ridges)), 0
-    with one_blas_thread():
-        for _, own in clients:
-            others = without(total, own)
-            examples += int(own["counts"].sum())
-            for i, ridge in enumerate(ridges):
-                errors[i] += squared_error(ridge_weights(others, ridge)[0], own)
-    errors /= max(1, examples)
-    return ridges[int(np.argmin(errors))], errors
 
 
 def _mean(total: float, rows: int) -> float:
@@ -149,10 +133,14 @@ class KeptRun:
     def contributions(self) -> list[Contribution]:
         """``contribution_table`` of this run, with its own ridge (AFL: none, or its gammas)."""
         strategy = self.strategy
-        ridge = float(getattr(strategy, "ridge", 0.0))
-        if not getattr(strategy, "clean", True):
-            ridge = float(getattr(strategy, "gamma", 0.0) * self.state.slots["reported"].sum())
-        return contribution_table(self.total, self.clients(), ridge)
+        if getattr(strategy, "clean", True):
+            return contribution_table(
+                self.total, self.clients(), float(getattr(strategy, "ridge", 0.0))
+            )
+        gamma, reported = getattr(strategy, "gamma", 0.0), int(self.state.slots["reported"].sum())
+        return contribution_table(
+            self.total, self.clients(), gamma * reported, gamma * (reported - 1)
+        )
 
 
 def open_kept(path: Path) -> KeptRun:

@@ -284,6 +284,21 @@ def _compression(scenario: Scenario) -> Iterator[Problem]:
             repr(scenario.compression.kind),
             '"none"',
         )
+    if name in ("fedper", "fedrep", "fedbabu") and scenario.head.kind == "linear":
+        yield Problem(
+            "compression.kind",
+            f'"{name}" with a linear head sends nothing that could be packed',
+            repr(scenario.compression.kind),
+            '"none"',
+            'Set head.kind = "mlp"',
+        )
+    if name == "scaffold" and scenario.compression.kind == "top_k":
+        yield Problem(
+            "compression.kind",
+            "SCAFFOLD's variates follow from whole updates; from mostly empty ones they diverge",
+            '"top_k"',
+            '"none", "int8" or "sign"',
+        )
 
 
 def _local_steps(scenario: Scenario) -> Iterator[Problem]:

@@ -21,6 +21,9 @@ from fedtl.scenario.sections import (
     Section,
 )
 
+MOST_RANDOM_FEATURES = 20_000
+"""A Gram matrix of them has 3 GiB."""
+
 
 class Averaging(Section):
     """What every strategy that averages has in common."""
@@ -119,7 +122,9 @@ class Fed3R(Section):
     bias: bool = True
     normalise: bool = Field(True, description="divide each class's column by its length")
     temperature: Positive = Field(0.1, description="scores are divided by it for the softmax")
-    random_features: CountOrNone = Field(0, description="random Fourier features; 0: none")
+    random_features: Annotated[int, Field(ge=0, le=MOST_RANDOM_FEATURES)] = Field(
+        0, description="random Fourier features; 0: none"
+    )
     scale: Positive = Field(0.01, description="random features: standard deviation of frequencies")
     keep_statistics: bool = Field(
         True, description="on the server's disk: exact unlearning and each client's contribution"
@@ -303,8 +308,8 @@ class KnnPer(Personalised):
     name: Literal["knnper"]
     neighbours: Count = 10
     scale: Positive = 1.0
-    weights: list[ClosedFraction] = Field(
-        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
+    weights: Annotated[list[ClosedFraction], Field(min_length=1, max_length=64)] = Field(
+        [0.0, 0.2, 0.4, 0.6, 0.8],
         description="lambdas among which each client chooses on its own training examples",
     )
 
@@ -316,7 +321,7 @@ class PersonalRidge(Section):
     ridge: NonNegative = 0.01
     bias: bool = True
     temperature: Positive = 0.1
-    pulls: list[Positive] = Field(
+    pulls: Annotated[list[Positive], Field(min_length=1, max_length=64)] = Field(
         [1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4],
         description="rhos among which each client chooses by leave-one-out (PRESS)",
     )

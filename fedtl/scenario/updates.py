@@ -30,8 +30,9 @@ class Attack(Section):
     clients: list[str] = Field(
         default_factory=list, description="names of those that lie, instead of a fraction"
     )
-    scale: Positive = Field(
-        1.0, description="sign_flip, inner_product: length; gaussian: standard deviation"
+    scale: Positive | None = Field(
+        None,
+        description="sign_flip, inner_product: length, default 1; gaussian: deviation, default 0.1",
     )
     mean: float = Field(0.1, description="gaussian: mean")
     target: CountOrNone = Field(0, description="backdoor: class that triggered examples shall get")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedtl.errors import client_of
-from fedtl.plans import RoundPlan, Task
+from fedtl.plans import RoundPlan
 from fedtl.results.statistics import KEPT_BYTES
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
@@ -115,14 +115,23 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
     return notes
 
 
-def tasks_of(scenario: Scenario) -> list[Task]:
-    """What clients will be asked to do, so that they can be told before they join."""
-    name = scenario.strategy.name
+def tasks_of(scenario: Scenario) -> list[str]:
+    """What clients will be asked to do, so that they can be told before they join.
+
+    A ``plans.Task`` each, "gradient" also where trained heads come with one, and "personal" where
+    clients make heads of their own.
+    """
+    name, build = scenario.strategy.name, STRATEGIES[scenario.strategy.name]
     if name == "lbfgs":
         return ["gradient"]
-    if hasattr(STRATEGIES[name], "absorb"):
-        return ["statistics"]
-    return ["statistics", "train"] if scenario.head.initial == "fed3r" else ["train"]
+    tasks = ["statistics"] if hasattr(build, "absorb") else ["train"]
+    if scenario.head.initial == "fed3r":
+        tasks.insert(0, "statistics")
+    if name == "mime":
+        tasks.append("gradient")
+    if hasattr(build, "personal") and getattr(scenario.strategy, "client_prior", True):
+        tasks.append("personal")
+    return tasks
 
 
 def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:

@@ -20,6 +20,7 @@ from fedtl.strategies.base import (
     client_weights,
     mean_delta,
     moved,
+    refuse_overshooting,
 )
 from fedtl.types import ClientUpdates, Float64, Head
 
@@ -60,7 +61,11 @@ class FedProx(FedAvg):
     mu: float = 0.01
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
-        """Adds the proximal term; mu = 0 is FedAvg bit for bit."""
+        """Adds the proximal term; mu = 0 is FedAvg bit for bit.
+
+        Raises InputError for a mu that would overshoot.
+        """
+        refuse_overshooting(self.mu, plan, "mu")
         return replace(plan, training=replace(plan.training, proximal=self.mu))
 
 

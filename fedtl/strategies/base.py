@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from fedtl.errors import InputError
 from fedtl.plans import Personal, RoundPlan
 from fedtl.types import ClientUpdates, Float32, Float64, Head
 
@@ -83,6 +84,27 @@ def personal_of(strategy: Strategy, state: ServerState) -> Personal | None:
     """What each client makes of the last head for itself; None where all keep it as it is."""
     own = getattr(strategy, "personal", None)
     return own(state) if own is not None else None
+
+
+def refuse_overshooting(strength: float, plan: RoundPlan, key: str) -> None:
+    """A step that is pulled to more than twice its distance diverges, whatever the data.
+
+    Args:
+        key: of the strategy's section, for the error.
+
+    Raises:
+        InputError: such a pull to the shared head.
+    """
+    rate = plan.training.learning_rate
+    pull = rate * (strength + plan.training.weight_decay)
+    if pull >= 2:
+        raise InputError(
+            f"the pull to the shared head overshoots: learning rate times {key}",
+            where=f"strategy.{key}",
+            got=f"{strength:g}, times {rate:g} is {pull:.3g}",
+            allowed="a product below 2",
+            do=f"Lower strategy.{key} or training.learning_rate",
+        )
 
 
 def client_weights(updates: ClientUpdates, weighting: Weighting) -> Float64:

@@ -29,7 +29,15 @@ import numpy.typing as npt
 
 from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
-from fedtl.strategies.base import RESULT, ServerState, Weighting, client_weights, mean_delta, moved
+from fedtl.strategies.base import (
+    RESULT,
+    ServerState,
+    Weighting,
+    client_weights,
+    mean_delta,
+    moved,
+    refuse_overshooting,
+)
 from fedtl.types import ClientUpdates, Float32, Float64, Head, LocalTraining
 
 Slots = dict[str, npt.NDArray[Any]]
@@ -103,7 +111,11 @@ class FedDyn:
         return ServerState(head, _variates(head, num_clients))
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
-        """Sends -h_k along, and holds clients near the round's head."""
+        """Sends -h_k along, and holds clients near the round's head.
+
+        Raises InputError for an alpha that would overshoot.
+        """
+        refuse_overshooting(self.alpha, plan, "alpha")
         return replace(
             plan,
             training=replace(plan.training, proximal=self.alpha),

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedtl import seeding
-from fedtl.errors import InputError
 from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.averaging import FedAvg
-from fedtl.strategies.base import ServerState
+from fedtl.strategies.base import ServerState, refuse_overshooting
 from fedtl.strategies.closed_form import Fed3R
 from fedtl.types import ClientUpdates, Float64, Head, Int64
 
@@ -135,7 +134,7 @@ class Ditto(InRounds):
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
         """Says so. Raises InputError for a pull that would overshoot."""
-        _refuse_overshooting(self.strength, plan)
+        refuse_overshooting(self.strength, plan, "strength")
         return super().plan(state, plan)
 
     def personal(self, state: ServerState) -> Personal:
@@ -153,7 +152,7 @@ class PFedMe(InRounds):
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
         """Says so. Raises InputError for a pull that would overshoot."""
-        _refuse_overshooting(self.strength, plan)
+        refuse_overshooting(self.strength, plan, "strength")
         return super().plan(state, plan)
 
     def personal(self, state: ServerState) -> Personal:
@@ -182,7 +181,7 @@ class KnnPer(Personalised):
 
     neighbours: int = 10
     scale: float = 1.0
-    weights: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    weights: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
 
     def personal(self, state: ServerState) -> Personal:
         """k, the kernel's scale and the lambdas to choose from."""
@@ -239,17 +238,3 @@ _SAME = {
     "fedbabu": "With a frozen trunk and a linear head fedbabu has nothing to train together: until "
     "the clients fine-tune at the end, the head stays as it was. It needs an MLP head (head.kind).",
 }
-
-
-def _refuse_overshooting(strength: float, plan: RoundPlan) -> None:
-    """A step that is pulled to more than twice its distance diverges, whatever the data."""
-    rate = plan.training.learning_rate
-    pull = rate * (strength + plan.training.weight_decay)
-    if pull >= 2:
-        raise InputError(
-            "the pull to the shared head overshoots: learning rate times strength",
-            where="strategy.strength",
-            got=f"{strength:g}, times {rate:g} is {pull:.3g}",
-            allowed="a product below 2",
-            do="Lower strategy.strength or training.learning_rate",
-        )

@@ -18,8 +18,9 @@ Sources and deviations:
 - Median and trimmed mean, Yin et al. 2018 (1803.01498), definitions 1 and 2: by coordinate.
   floor(trim n) values are cut off at each end.
 - Geometric median, Pillutla et al. 2022, RFA (1912.13445), algorithm 2: smoothed Weiszfeld with
-  weights p_k. It starts at the round's head, not at the mean as the authors' code: one far update
-  puts the mean so far away that few steps do not lead back.
+  weights p_k. It starts at the mean of the updates shortened to their median length, not at the
+  plain mean as the authors' code: one far update would put it so far away that few steps do not
+  lead back. Nor at the round's head, where one client that does not move would hold it.
 - FLTrust, Cao et al. 2021 (2012.13995), equations 2 to 4. The server has no data of its own here; a
   client that it trusts takes its place.
 - Norm clipping, Sun et al. 2019 (1911.07963), section 4: without the noise. The bound's default,
@@ -36,6 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedtl.clients.statistics import one_blas_thread
 from fedtl.errors import PolicyStop
 from fedtl.scenario.compatibility import least_clients
 from fedtl.strategies.averaging import FedAvg
@@ -147,7 +149,7 @@ class GeometricMedian(Reweighted):
         |v - Delta_k|^2 = s^T G s - 2 (G s)_k + G_kk.
         """
         weights, gram = client_weights(updates, self.weighting), products(head, updates)
-        shares = np.zeros(len(weights))
+        shares = weights * shortened(np.sqrt(gram.diagonal()))
         for _ in range(self.iterations):
             along = gram @ shares
             squares = shares @ along - 2 * along + gram.diagonal()
@@ -190,12 +192,18 @@ class NormClip(Reweighted):
     def shares(self, head: Head, updates: ClientUpdates) -> Float64:
         """p_k min(1, max_norm / |Delta_k|)."""
         own = lengths(head, updates)
-        bound = float(np.median(own)) if self.max_norm is None else self.max_norm
-        shortened = np.minimum(1.0, bound / np.maximum(own, TINY))
-        return client_weights(updates, self.weighting) * shortened
+        return client_weights(updates, self.weighting) * shortened(own, self.max_norm)
 
 
-TINY = float(np.finfo(np.float64).tiny)
+def shortened(own: Float64, max_norm: float | None = None) -> Float64:
+    """What each update is multiplied by so that none is longer, float64 [k], in [0, 1].
+
+    Args:
+        own: their lengths.
+        max_norm: None for the median of these.
+    """
+    bound = float(np.median(own)) if max_norm is None else max_norm
+    return np.divide(bound, own, out=np.ones_like(own), where=own > bound)
 
 
 def trimmed_clients(trim: float, count: int) -> int:
@@ -221,12 +229,12 @@ def products(head: Head, updates: ClientUpdates) -> Float64:
 
     What cancels in distances |Delta_i - Delta_j|^2 made of it is 2^-52 |Delta|^2, and updates that
     came as float32 are themselves known to 2^-24 |Delta| only: it is never more than that hides.
-    Liars far away do no harm to the products of the others. The last bits depend on how many
-    threads NumPy's BLAS uses, which no key of a scenario changes.
+    Liars far away do no harm to the products of the others.
     """
     gram = np.zeros((len(updates.clients),) * 2)
-    for deltas in _deltas(head, updates):
-        gram += deltas @ deltas.T
+    with one_blas_thread():
+        for deltas in _deltas(head, updates):
+            gram += deltas @ deltas.T
     return gram
 
 

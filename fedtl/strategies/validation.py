@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from math import prod
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtl.plans import RoundPlan, Shapes
 from fedtl.strategies.admissible import inadmissible
@@ -121,17 +122,24 @@ def _judge(
     head: Head,
     declared: Int64,
     max_norm_ratio: float,
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], Float64, dict[int, str]]:
+) -> tuple[npt.NDArray[np.bool_], Float64, dict[int, str]]:
     """Which clients' values may be added (bool [k]), all norms, and the refusals."""
-    squares, culprit = _squares(updates, plan, head)
-    if plan.task == "gradient" or "start_loss" in plan.reports:  # the loss is part of the step
+    squares, rest, culprit = _squares(updates, plan, head)
+    lossy = plan.task == "gradient" or "start_loss" in plan.reports  # the loss is part of the step
+    if lossy:
         unlike = ~(np.isfinite(updates.loss) & (updates.loss >= 0)) & (updates.num_examples > 0)
         squares[unlike], culprit[unlike] = np.nan, LOSS
-    finite = np.isfinite(squares)
-    norms = np.sqrt(squares) if plan.task == "train" else np.full(len(squares), np.nan)
+    finite = np.isfinite(squares + rest)
     right = updates.num_examples == declared[updates.clients]
-    median = float(np.median(norms[finite & right])) if (finite & right).any() else 0.0
-    bounded = (norms <= max_norm_ratio * median) if median > 0 else np.ones(len(norms), bool)
+    norms = np.sqrt(squares) if plan.task == "train" else np.full(len(squares), np.nan)
+    measured = {"update": np.sqrt(squares)} if plan.task != "statistics" else {}
+    if plan.reports:
+        measured["gradient"] = np.sqrt(rest)
+    if lossy:
+        measured["loss"] = updates.loss
+    ratios = {what: _to_median(values, finite & right) for what, values in measured.items()}
+    largest = np.max([np.zeros(len(norms)), *ratios.values()], axis=0)
+    bounded = ~(largest > max_norm_ratio)
     refused: dict[int, str] = {}
     for i in np.flatnonzero(~(finite & right & bounded)).tolist():
         client = int(updates.clients[i])
@@ -148,8 +156,9 @@ def _judge(
                 f"declared {int(declared[client])}"
             )
         else:
+            what = max(ratios, key=lambda name: ratios[name][i])
             refused[client] = (
-                f"its update is {norms[i] / median:.3g} times the cohort's median, "
+                f"its {what} is {ratios[what][i]:.3g} times the cohort's median, "
                 f"allowed {max_norm_ratio:g}"
             )
     keep = finite & right & bounded
@@ -162,30 +171,36 @@ def _judge(
     return keep, norms, refused
 
 
+def _to_median(values: Float64, counted: npt.NDArray[np.bool_]) -> Float64:
+    """Values as multiples of the median of those that are counted; 1 where that is 0."""
+    median = float(np.median(values[counted])) if counted.any() else 0.0
+    return values / median if median > 0 else np.ones(len(values))
+
+
 def _squares(
     updates: ClientUpdates, plan: RoundPlan, head: Head
-) -> tuple[Float64, np.ndarray[tuple[int], np.dtype[np.object_]]]:
-    """Each update's squared length, float64 [k], and the first tensor that makes it infinite.
+) -> tuple[Float64, Float64, npt.NDArray[np.object_]]:
+    """Squared lengths of each update and of what is sent beside it, and what is not finite.
 
-    After training that is the way from the round's head; whatever else is sent only has to be
-    finite.
+    After training an update is the way from the round's head.
+
+    Returns:
+        float64 [k] twice, and the name of the first tensor that is not finite, "" for none.
     """
     count = len(updates.clients)
     squares, rest = np.zeros(count), np.zeros(count)
     culprit = np.full(count, "", object)
     with np.errstate(all="ignore"):  # values that overflow are exactly what is looked for
         for name, tensor in updates.tensors.items():
-            moved = plan.task == "train" and name in head
-            delta = (tensor - head[name] if moved else tensor).reshape(
-                count, prod(tensor.shape[1:])
-            )
-            if delta.dtype == np.float32 or delta.dtype.kind in "iu":
+            main = name in head or plan.task != "train"
+            way = tensor - head[name] if plan.task == "train" and main else tensor
+            delta = way.reshape(count, prod(tensor.shape[1:]))
+            if plan.task == "statistics":  # finite is enough, and squares would overflow easily
+                own = np.abs(delta).sum(axis=1, dtype=np.float64)
+            else:
                 # float64 cannot overflow on squares of float32: a sum is finite if its terms are
                 own = np.einsum("kp,kp->k", delta, delta, dtype=np.float64)
-            else:
-                own = np.abs(delta).sum(axis=1)
-            target = squares if moved else rest
+            target = squares if main else rest
             target += own
             culprit[~np.isfinite(own) & (culprit == "")] = name
-    squares[~np.isfinite(rest)] = np.nan
-    return squares, culprit
+    return squares, rest, culprit

@@ -15,7 +15,7 @@ from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.base import ServerState, Strategy, Summing
 from fedtl.types import ClientUpdates, Head
 
-FIRST, STARTED = "first.", "started"
+FIRST, STARTED = "closed_form.", "closed_form_started"
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ class WarmStart:
         return replace(state, slots=kept)
 
     def _own(self, state: ServerState) -> ServerState:
-        kept = {n: t for n, t in state.slots.items() if not n.startswith(FIRST) and n != STARTED}
+        kept = {n: t for n, t in state.slots.items() if not n.startswith((FIRST, STARTED))}
         return replace(state, slots=kept)

@@ -41,7 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "fltrust": {"strategy": {"name": "fltrust", "root": "client-3"}},
     "fed3r, random features": {"strategy": {"name": "fed3r", "random_features": 6, "scale": 0.3}},
     "fedlda, client prior": {"strategy": {"name": "fedlda", "client_prior": True}},
-    "fedavg, warm start": {"strategy": {"name": "fedavg"}, "head": {"initial": "fed3r"}},
+    **{
+        f"{name}, warm start": {"strategy": {"name": name}, "head": {"initial": "fed3r"}}
+        for name in ("fedavg", "scaffold")
+    },
     "flower FedAvg": {"strategy": {"name": "flower", "class": "FedAvg"}},
     "flower FedAdam": {"strategy": {"name": "flower", "class": "FedAdam"}},
     "flower Krum": {
@@ -277,6 +280,7 @@ LIKE_ONE: dict[str, dict[str, Any] | str] = {
     },
     "personal_ridge": {"strategy": {"name": "personal_ridge", "ridge": 0.01 / 7}},
     "fedavg, warm start": "its ridge is fed3r's, and no key of a scenario's",
+    "scaffold, warm start": "its ridge is fed3r's, and no key of a scenario's",
     "fedlda": "its covariance is divided by the rows less the classes",
     "fedlda, client prior": "its covariance is divided by the rows less the classes",
     "ccvr": "its covariances are divided by the rows less one",
@@ -425,7 +429,7 @@ TRAINED = [case for case in CASES if case.split(",")[0] not in CLOSED]
 @pytest.mark.parametrize("case", TRAINED)
 def test_only_the_proportions_of_examples_count(case: str, tmp_path: Path) -> None:
     world = World(scenario_of(case), people(), tmp_path)
-    if case == "fedavg, warm start":
+    if case.endswith("warm start"):
         states = world.rounds(1)
         state, round = states[-1], 2
     else:
@@ -452,7 +456,7 @@ STILL = [case for case in TRAINED if not case.startswith("lbfgs")]
 @pytest.mark.parametrize("case", STILL)
 def test_clients_that_do_not_move_leave_the_head_where_it_is(case: str, tmp_path: Path) -> None:
     world = World(scenario_of(case), people(), tmp_path)
-    round = 2 if case == "fedavg, warm start" else 1
+    round = 2 if case.endswith("warm start") else 1
     state = world.rounds(round - 1)[-1]
     updates = world.replies(state, world.plan(state, round))
     stay = {n: np.stack([state.head[n]] * 7) for n in updates.tensors if n in state.head}

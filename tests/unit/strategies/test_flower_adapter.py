@@ -467,9 +467,8 @@ def test_the_scenarios_key_is_class_wherever_it_is_written(tmp_path: Path) -> No
     told = ["strategy.name=flower", "strategy.class=Krum"]
     told += ["strategy.parameters.num_malicious_nodes=2"]
     scenario = load_scenario(str(path), told)
-    assert make_strategy(scenario.strategy, (), 4) == FlowerStrategy(
-        "Krum", {"num_malicious_nodes": 2}, 4
-    )
+    scenario = scenario.model_copy(update={"seed": 4})
+    assert make_strategy(scenario, ()) == FlowerStrategy("Krum", {"num_malicious_nodes": 2}, 4)
     assert load_scenario(str(path), told[:1]).strategy.class_ == "FedAvg"  # kept from the file
     path.write_text(dump_scenario(scenario))
     assert 'class = "Krum"' in path.read_text()

@@ -9,6 +9,7 @@ import scipy.stats
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy.multikrum import select_multikrum
+from scipy.optimize import minimize
 
 from fedtl.errors import PolicyStop
 from fedtl.strategies import robust
@@ -251,11 +252,37 @@ def test_the_geometric_median_has_the_least_sum_of_distances(cohort) -> None:
 def test_weiszfeld_steps_are_the_papers(cohort) -> None:
     given = cohort(8)
     rows, weights = deltas(given), given.num_examples / given.num_examples.sum()
-    point = np.zeros(15)
+    own = np.linalg.norm(rows, axis=1)
+    point = (weights * np.minimum(1, np.median(own) / own)) @ rows
     for _ in range(3):
         beta = weights / np.maximum(1.5, np.linalg.norm(rows - point, axis=1))
         point = (beta[:, None] * rows).sum(axis=0) / beta.sum()
     same(stepped(GeometricMedian(iterations=3, nu=1.5), given), point)
+
+
+@pytest.mark.parametrize("idle", [1, 2, 4])
+def test_clients_that_do_not_move_hold_no_geometric_median(cohort, idle: int) -> None:
+    given = cohort(9, size=10)
+    rows = deltas(given) + 3.0
+    rows[:idle] = 0
+    moved = replace(given, tensors={n: t.astype(np.float32) for n, t in heads(rows).items()})
+    found = deltas_of(stepped(GeometricMedian(weighting="uniform", iterations=40), moved))
+    best = minimize(lambda v: np.linalg.norm(rows - v, axis=1).sum(), rows.mean(axis=0)).x
+    np.testing.assert_allclose(found, best, atol=0.02 * np.linalg.norm(best))
+    quick = deltas_of(stepped(GeometricMedian(weighting="uniform"), moved))
+    assert np.linalg.norm(quick) > 0.9 * np.linalg.norm(best)
+
+
+def deltas_of(head) -> np.ndarray:
+    return np.concatenate([(head[n].astype(float) - HEAD[n]).ravel() for n in HEAD])
+
+
+def test_norms_are_clipped_without_a_word_about_clients_that_do_not_move(cohort) -> None:
+    given = cohort(9, size=5)
+    rows = deltas(given) * 100
+    rows[0] = 0
+    moved = replace(given, tensors={n: t.astype(np.float32) for n, t in heads(rows).items()})
+    stepped(NormClip(), moved)  # warnings are errors
 
 
 def test_the_geometric_median_comes_back_from_far_outliers_in_few_steps(cohort) -> None:
