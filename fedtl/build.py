@@ -25,7 +25,7 @@ from fedtl.engines import Engine, LocalEngine
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.planning import liars_of
 from fedtl.rounds import Federation
-from fedtl.scenario.compatibility import check_cohort
+from fedtl.scenario.compatibility import UPDATE_ATTACKS, check_cohort
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
 from fedtl.transfer.backbones import Backbone, open_backbone
@@ -286,7 +286,10 @@ def _attack(scenario: Scenario, population: Population, lying: Int64) -> list[st
         return []
     shown = ", ".join(population.names[client] for client in lying[:5].tolist())
     more = f" and {len(lying) - 5} more" if len(lying) > 5 else ""
-    return [f"attack {scenario.attack.kind}: {shown}{more} lie in every round"]
+    kind, does = scenario.attack.kind, "lies" if len(lying) == 1 else "lie"
+    spared = kind in UPDATE_ATTACKS and scenario.head.initial == "fed3r"
+    when = "every round but the first, which sums statistics" if spared else "every round"
+    return [f"attack {kind}: {shown}{more} {does} in {when}"]
 
 
 def _left_out(split: ClientSplit) -> list[str]:

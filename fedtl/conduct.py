@@ -26,6 +26,7 @@ from fedtl.plans import Personal
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import kept_names
 from fedtl.rounds import Federation, run_rounds
+from fedtl.strategies import last_notes
 from fedtl.strategies.base import personal_of
 from fedtl.types import ClientUpdates, Head
 
@@ -128,8 +129,8 @@ def conduct(
                 folder.event("stopped", exit_code=error.exit_code, what=error.what)
                 folder.write_tables()
             raise
-        if any(name.endswith("singular") and flag.any() for name, flag in state.slots.items()):
-            observer.noted(SINGULAR)
+        for note in last_notes(federation.scenario, state):
+            observer.noted(note)
         outcome = Outcome(state.result, personal_of(federation.strategy, state), done.round)
         return _conclude(
             prepared, folder, observer, interrupts, outcome, done, started, start_seconds
@@ -252,11 +253,6 @@ def _summary(
         "backbone": {"features": roster.width, **prepared.backbone},
     }
 
-
-SINGULAR = (
-    "there are fewer independent rows than features and no ridge: the head is the shortest of many "
-    "that fit (pseudo-inverse); a strategy.ridge above 0 has one answer"
-)
 
 SHOWN_APART = ("federated", "personal")
 """Judgements that are no references."""

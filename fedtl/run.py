@@ -25,16 +25,17 @@ from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Judge, Outcome, Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.evaluation import references
-from fedtl.evaluation.metrics import defined
 from fedtl.evaluation.personalised import judge_personalised
 from fedtl.evaluation.ridge import fit_ridge
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
 from fedtl.planning import judged_clients, liars_of, local_training
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
+from fedtl.rounds import Federation
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import notes_of
+from fedtl.strategies import notes_of, tasks_of
+from fedtl.types import Head, Population
 
 RIDGE = 0.01
 """Of the pooled ridge head, where the strategy has none of its own."""
@@ -148,6 +149,7 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
     federation = built.federation
     notes = list(built.features.notes)
     notes += notes_of(federation.scenario, federation.roster, federation.head)
+    notes += _alone_in_class(built)
     if leaks.train_test or leaks.between_clients:
         notes.append(
             f"the same content is in train and test {leaks.train_test} times and at two clients "
@@ -179,58 +181,89 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
 def _judge(built: Built, store: PersonalStore) -> Judge:
     """The federated head and every reference, each judged twice, on the population that is here."""
     federation, population = built.federation, built.population
-    scenario = federation.scenario
-    section = scenario.evaluation
+    scenario, section = federation.scenario, federation.scenario.evaluation
+    threads, device = allowed_threads(scenario), resolve_device(scenario)
+    decay = scenario.training.weight_decay
 
     def judge(
         outcome: Outcome, begin: Callable[[str], None], check: Callable[[], None]
     ) -> dict[str, references.Judgement]:
-        head = outcome.head
+        head, personal = outcome.head, outcome.personal
+        whole = personal is None or not personal.completes  # else it is no model by itself
+
+        def own(place: references.Judge) -> references.Judgement:
+            assert personal is not None
+            training = local_training(scenario, 1)  # a schedule may have ended near zero
+            return judge_personalised(
+                place, head, personal, training, outcome.rounds, scenario.seed, store, check
+            )
+
         judged = judged_clients(scenario, population.num_clients)
         rows = references.everyone_rows(
             population, judged, section.everyone_examples, scenario.seed
         )
-        threads, device = allowed_threads(scenario), resolve_device(scenario)
         place = references.Judge(population, judged, rows, threads, device)
-        found = {"federated": references.judge_shared(place, head)}
-        if scenario.attack.kind == "backdoor":
-            lying = liars_of(scenario, population.names)
-            rate = backdoor_success(
-                population, head, scenario.attack, lying, scenario.seed, threads=threads
-            )
-            found["federated"].facts["backdoor_success"] = defined(rate)
-        if outcome.personal is not None:
+        found: dict[str, references.Judgement] = {}
+        if personal is not None:
             begin("personal")
-            training = local_training(scenario, 1)  # a schedule may have ended near zero
-            found["personal"] = judge_personalised(
-                place, head, outcome.personal, training, outcome.rounds, scenario.seed, store, check
-            )
-            if outcome.personal.completes:
-                found["federated"] = found["personal"]
+            found["personal"] = own(place)
+        found["federated"] = references.judge_shared(place, head) if whole else found["personal"]
+        facts = found["federated"].facts
+        if scenario.attack.kind == "backdoor" and whole:
+            facts["backdoor_success"] = _backdoor(scenario, population, head, threads)
         limit = section.reference_clients
         if len(judged) > limit and section.references:
             stream = seeding.generator(scenario.seed, "references")
             place = replace(place, clients=np.sort(stream.choice(judged, limit, replace=False)))
-            found["federated_sample"] = references.judge_shared(place, head)
+            sample = references.judge_shared(place, head) if whole else own(place)
+            found["federated_sample"] = sample
         for name in section.references:
             begin(name)
-            if name == "local_only":
-                trainings = [local_training(scenario, r) for r in range(1, scenario.rounds + 1)]
-                found[name] = references.judge_alone(
-                    place, federation.head, trainings, scenario.seed, check
-                )
-            elif name == "ridge":
-                ridge = float(getattr(scenario.strategy, "ridge", RIDGE))
-                found[name] = references.judge_shared(
-                    place, fit_ridge(population, federation.head, ridge, threads)
-                )
-            else:
-                decay = scenario.training.weight_decay
-                found[name] = references.judge_pooled(place, federation.head, decay, check)
+            found[name] = _reference(name, place, federation, check)
         pooled = found.get("centralised")
-        if pooled is not None and set(head) == set(federation.head):  # else it is of another kind
-            decay = scenario.training.weight_decay
-            found["federated"].facts.update(references.from_optimum(place, head, pooled, decay))
+        linear = scenario.head.kind == "linear" and set(head) == set(federation.head)
+        if pooled is not None and whole and linear:  # only then there is one right answer
+            facts.update(references.from_optimum(place, head, pooled, decay))
         return found
 
     return judge
+
+
+def _reference(
+    name: str, place: references.Judge, federation: Federation, check: Callable[[], None]
+) -> references.Judgement:
+    """One of ``evaluation.references``, trained and judged."""
+    scenario, head = federation.scenario, federation.head
+    if name == "local_only":
+        trainings = [local_training(scenario, r) for r in range(1, scenario.rounds + 1)]
+        return references.judge_alone(place, head, trainings, scenario.seed, check)
+    if name == "ridge":
+        ridge = float(getattr(scenario.strategy, "ridge", RIDGE))
+        fitted = fit_ridge(place.population, head, ridge, place.threads)
+        return references.judge_shared(place, fitted)
+    return references.judge_pooled(place, head, scenario.training.weight_decay, check)
+
+
+def _backdoor(scenario: Scenario, population: Population, head: Head, threads: int) -> float | None:
+    lying, seed = liars_of(scenario, population.names), scenario.seed
+    rate = backdoor_success(population, head, scenario.attack, lying, seed, threads=threads)
+    return None if np.isnan(rate) else rate
+
+
+def _alone_in_class(built: Built) -> list[str]:
+    """A warning where a client's statistics are those of a single example."""
+    population, scenario = built.population, built.federation.scenario
+    if "statistics" not in tasks_of(scenario):
+        return []
+    num_classes = len(population.classes)
+    counts = [
+        np.bincount(population.labels[population.train.of(client)], minlength=num_classes)
+        for client in range(population.num_clients)
+    ]
+    lone = int((np.array(counts) == 1).sum())
+    if not lone:
+        return []
+    return [
+        f"{lone} times a client has one example of a class: the sum of that class's features, "
+        "which it sends, is that example's features themselves"
+    ]

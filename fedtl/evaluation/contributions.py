@@ -145,6 +145,10 @@ class KeptRun:
 
 def open_kept(path: Path) -> KeptRun:
     """Read a run's last commit. Raises InputError where no statistics were kept."""
+    if not (path / SCENARIO).is_file():
+        raise InputError(
+            "this is no run's folder", where=path, do="Of several seeds give one, as seed-1"
+        )
     scenario = load_scenario(str(path / SCENARIO))
     commit, _ = read_commit(path / "checkpoints")
     names = kept_names(path)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedtl.errors import client_of
+from fedtl.errors import PolicyStop, client_of
 from fedtl.plans import RoundPlan
 from fedtl.results.statistics import KEPT_BYTES
 from fedtl.scenario.schema import Scenario
@@ -84,7 +84,15 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "flower": FlowerStrategy,
 }
 
-__all__ = ["STRATEGIES", "ServerState", "Strategy", "make_strategy", "notes_of", "tasks_of"]
+__all__ = [
+    "STRATEGIES",
+    "ServerState",
+    "Strategy",
+    "last_notes",
+    "make_strategy",
+    "notes_of",
+    "tasks_of",
+]
 
 
 def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = False) -> list[str]:
@@ -95,6 +103,11 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
     """
     section = scenario.strategy
     notes = [note] if (note := degenerate(section.name, scenario.head.kind)) else []
+    if scenario.head.initial == "fed3r" and section.name in ROBUST:
+        notes.append(
+            "the closed-form start of round 1 is a plain sum: the robust rule guards what comes "
+            "after it"
+        )
     if not getattr(section, "keep_statistics", False):
         return notes
     nobody, no_keys = np.empty(0, np.int64), np.empty(0, np.uint64)
@@ -113,6 +126,57 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
             "forget a client; strategy.keep_statistics = false leaves them out"
         )
     return notes
+
+
+ROBUST = (
+    "krum",
+    "multikrum",
+    "bulyan",
+    "median",
+    "trimmed_mean",
+    "geometric_median",
+    "fltrust",
+    "norm_clip",
+)
+
+
+def last_notes(scenario: Scenario, state: ServerState) -> list[str]:
+    """What a user should know of the last state, a line each.
+
+    Raises:
+        PolicyStop: there is no head, as nobody's statistics came.
+    """
+    name, slots, notes = scenario.strategy.name, state.slots, []
+    if (reported := slots.get("reported")) is not None:
+        if not reported.any():
+            raise PolicyStop(
+                "no client's statistics came, so there is no head",
+                do="Bring the clients back and run the scenario anew",
+            )
+        if not reported.all():
+            notes.append(
+                f"{int(reported.sum())} of {len(reported)} clients are in the head; more rounds "
+                "take the others in"
+            )
+    if any(n.endswith("singular") and flag.any() for n, flag in slots.items()):
+        notes.append(
+            "features are linearly dependent, or there are fewer rows than features: the head is "
+            f"the shortest of many that fit (pseudo-inverse){ONE_ANSWER.get(name, '')}"
+        )
+    if name == "lbfgs" and not STRATEGIES[name]().finished(state):
+        notes.append(
+            "the exact head is not reached: it needs more rounds, and in each of them every client "
+            "that answered before"
+        )
+    return notes
+
+
+ONE_ANSWER = {
+    "fed3r": "; strategy.ridge above 0 has one answer",
+    "personal_ridge": "; strategy.ridge above 0 has one answer",
+    "afl": "; strategy.clean = false has one answer",
+    "fedlda": "; strategy.shrinkage above 0 has one answer",
+}
 
 
 def tasks_of(scenario: Scenario) -> list[str]:

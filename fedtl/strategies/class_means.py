@@ -189,6 +189,8 @@ def softmax_head(x: Float64, labels: Int64, num_classes: int) -> tuple[Float64, 
         Weight [C, D] and bias [C].
     """
     rows, width = np.arange(len(x)), x.shape[1]
+    scale = float(np.sqrt(np.square(x).mean())) or 1.0  # of any unit, the search goes the same way
+    x = x / scale
 
     def objective(flat: Float64) -> tuple[float, Float64]:
         head = flat.reshape(num_classes, width + 1)
@@ -209,7 +211,7 @@ def softmax_head(x: Float64, labels: Int64, num_classes: int) -> tuple[Float64, 
         options={"maxiter": CALIBRATION_STEPS, "gtol": 1e-7, "ftol": 1e-12},
     )
     head = found.x.reshape(num_classes, width + 1)
-    return head[:, :-1], head[:, -1]
+    return head[:, :-1] / scale, head[:, -1]
 
 
 @dataclass(frozen=True)
