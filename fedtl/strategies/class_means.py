@@ -191,6 +191,8 @@ def softmax_head(x: Float64, labels: Int64, num_classes: int) -> tuple[Float64, 
     rows, width = np.arange(len(x)), x.shape[1]
     scale = float(np.sqrt(np.square(x).mean())) or 1.0  # of any unit, the search goes the same way
     x = x / scale
+    # of the true weights: bias is not scaled
+    decay = np.tile([*[CALIBRATION_DECAY / scale**2] * width, CALIBRATION_DECAY], num_classes)
 
     def objective(flat: Float64) -> tuple[float, Float64]:
         head = flat.reshape(num_classes, width + 1)
@@ -200,8 +202,8 @@ def softmax_head(x: Float64, labels: Int64, num_classes: int) -> tuple[Float64, 
         residual[rows, labels] -= 1
         residual /= len(x)
         gradient = np.concatenate([residual.T @ x, residual.sum(axis=0)[:, None]], axis=1)
-        loss = -logs[rows, labels].mean() + CALIBRATION_DECAY / 2 * np.square(flat).sum()
-        return float(loss), gradient.ravel() + CALIBRATION_DECAY * flat
+        loss = -logs[rows, labels].mean() + (decay * np.square(flat)).sum() / 2
+        return float(loss), gradient.ravel() + decay * flat
 
     found: Any = minimize(
         objective,

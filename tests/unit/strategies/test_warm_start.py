@@ -24,9 +24,3 @@ def test_the_slots_of_both_are_kept_apart(name: str) -> None:
         (warm._own(state).slots, then.init(HEAD, 5).slots),
     ):
         assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
-
-
-def test_it_asks_for_statistics_once(population, updates) -> None:
-    warm = WarmStart(Fed3R(), STRATEGIES["fedadam"]())
-    assert len(LATER) > 20
-    assert not warm.finished(warm.init(HEAD, 5))
