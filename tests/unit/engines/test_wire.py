@@ -295,6 +295,19 @@ def test_a_task_that_nobody_knows_is_refused(wrong: dict[str, object]) -> None:
         wire.read_plan({**facts, **wrong}, tensors)
 
 
+@pytest.mark.parametrize("random_features", [-1, 10**5, 2**60])
+def test_nobody_can_be_made_to_allocate_without_limit(random_features: int) -> None:
+    asked = Statistics(random_features=random_features)
+    sent = replace(plan(), task="statistics", statistics=asked)
+    with pytest.raises(InputError, match="random features"):
+        wire.read_plan(*wire.train_request(sent, HEAD))
+    large = replace(sent, statistics=Statistics(random_features=19_000, class_grams=True))
+    with pytest.raises(InputError, match="too large"):
+        wire.read_plan(*wire.train_request(large, HEAD))
+    with pytest.raises(InputError, match="no head"):
+        wire.read_plan(*wire.train_request(plan(), {}))
+
+
 def test_corrections_of_another_form_are_refused() -> None:
     facts, tensors = wire.train_request(plan(), HEAD)
     odd = {"correction.weight": np.zeros((2, 9), np.float32)}

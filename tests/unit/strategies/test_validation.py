@@ -103,3 +103,41 @@ def test_nobody_left_is_an_empty_cohort_not_a_crash() -> None:
     assert len(accepted.clients) == len(norms) == 0
     assert set(failures) == {1, 3, 5}
     assert accepted.tensors["weight"].shape == (0, 2, 3)
+
+
+EXTRA = {f"start_gradient.{n}": np.ones((1, *t.shape), np.float32) for n, t in HEAD.items()}
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "what"),
+    [
+        (
+            replace(PLAN, reports=("start_gradient",)),
+            {"tensors": {**tensors(), **{n: t * 1e15 for n, t in EXTRA.items()}}},
+            "gradient is 1e",
+        ),
+        (replace(PLAN, reports=("start_loss",)), {"loss": np.array([1e100])}, "loss is 1e"),
+        (replace(PLAN, reports=("start_loss",)), {"loss": np.array([-1.0])}, "loss is negative"),
+        (replace(PLAN, reports=("start_loss",)), {"loss": np.array([np.nan])}, "not finite"),
+    ],
+)
+def test_what_is_sent_beside_a_head_is_measured_too(plan, changes, what: str, one) -> None:
+    own = {**tensors(), **(EXTRA if "start_gradient" in plan.reports else {})}
+    honest = [one(client, tensors=own) for client in (1, 5)]
+    accepted, _ = accept_updates([*honest, one(3, tensors=own)], plan, HEAD, DECLARED, 1e4)
+    assert accepted.clients.tolist() == [1, 3, 5]
+    liar = one(3, **{"tensors": own, **changes})
+    accepted, _ = accept_updates([*honest, liar], plan, HEAD, DECLARED, 1e4)
+    assert accepted.clients.tolist() == [1, 5]
+    (failure,) = accepted.failures
+    assert what in failure.reason
+
+
+def test_a_gradient_out_of_all_proportion_is_refused(one) -> None:
+    plan = replace(PLAN, task="gradient")
+    own = {n: t.astype(float) for n, t in tensors().items()}
+    huge = {n: t * 1e100 for n, t in own.items()}
+    replies = [one(c, tensors=huge if c == 3 else own) for c in (1, 3, 5)]
+    accepted, _ = accept_updates(replies, plan, HEAD, DECLARED, 1e4)
+    assert accepted.clients.tolist() == [1, 5]
+    assert "update is 1e+100 times" in accepted.failures[0].reason

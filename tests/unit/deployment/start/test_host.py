@@ -19,7 +19,7 @@ from fedtl.deployment.private_data import load_private
 from fedtl.deployment.terms import make_terms
 from fedtl.engines.node import NotPrepared
 from fedtl.errors import FedtlError, InputError, PolicyStop, SecurityRefusal
-from fedtl.plans import RoundPlan, Statistics
+from fedtl.plans import Personal, RoundPlan, Statistics
 from fedtl.transfer.backbones import open_backbone
 from fedtl.types import LocalTraining
 
@@ -319,3 +319,19 @@ def test_only_what_was_told_before_joining_is_done(host: Any) -> None:
     mine.consent(trained)
     with pytest.raises(SecurityRefusal, match="asks for statistics"):
         mine.consent(replace(trained, task="statistics", statistics=Statistics()))
+    with pytest.raises(SecurityRefusal, match="gradient"):
+        mine.consent(replace(trained, reports=("start_gradient",)))
+    with pytest.raises(SecurityRefusal, match="of one's own"):
+        mine.consent(replace(trained, personal=Personal("finetune")))
+
+
+def test_doing_nothing_is_no_pretext(host: Any) -> None:
+    site, mine = host
+    given = terms(site, tasks=["statistics"])
+    assert any("reading" not in mine.join(given) for _ in range(100))
+    ids, keys = np.zeros(1, np.int64), np.zeros(1, np.uint64)
+    idle = RoundPlan(1, ids, keys, LocalTraining(0, 1, 0.1))
+    mine.consent(idle)
+    for more in ({"reports": ("start_loss",)}, {"personal": Personal("pfedme")}):
+        with pytest.raises(SecurityRefusal):
+            mine.consent(replace(idle, **more))
