@@ -13,6 +13,7 @@ from fedtl.deployment.certificates import days_left, issue_server, load_certific
 from fedtl.deployment.federation import Federation, create_federation, renew
 from fedtl.deployment.join import JoinFile, is_loopback, read_join, split_address
 from fedtl.deployment.keys import make_keys
+from fedtl.engines.wire import PROTOCOL
 from fedtl.errors import InputError, SecurityRefusal
 
 
@@ -154,7 +155,7 @@ def test_a_join_file_survives_its_file(federation: Federation) -> None:
         (lambda text: "", "missing or wrong: format"),
         (lambda text: "\x00", "not a join file"),
         (lambda text: text.replace("format = 1", "format = 2"), "format 2"),
-        (lambda text: text.replace("protocol = 1", 'protocol = "1"'), "wrong: protocol"),
+        (lambda text: text.replace(f"protocol = {PROTOCOL}", 'protocol = "1"'), "wrong: protocol"),
         (lambda text: text.replace("8443", "99999"), "not an address"),
         (lambda text: text.replace('signing_key = "', 'signing_key = "A'), "Ed25519"),
         (lambda text: text.replace("BEGIN CERT", "BEGIN XERT"), "not a certificate"),
