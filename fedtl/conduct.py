@@ -24,7 +24,7 @@ from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.plans import Personal
 from fedtl.results.runs import RunFolder
-from fedtl.results.statistics import kept_names
+from fedtl.results.statistics import keeps_statistics
 from fedtl.rounds import Federation, run_rounds
 from fedtl.strategies import last_notes
 from fedtl.strategies.base import personal_of
@@ -179,7 +179,7 @@ def _conclude(
         client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
     references = {name: found for name, found in judgements.items() if name != "federated"}
-    contributions = open_kept(folder.path).contributions() if kept_names(folder.path) else []
+    contributions = open_kept(folder.path).contributions() if keeps_statistics(folder.path) else []
     folder.write_tables(beside(references, progress.round, contributions))
     folder.write_head(head, _head_card(prepared))
     summary = _summary(prepared, head, progress, judgements, verdict)

@@ -231,6 +231,23 @@ def _packed(asked: Compression, head: Head) -> Shapes:
     return {"sign.bits": ((-(-size // 8),), np.dtype(np.uint8)), "sign.scales": scales}
 
 
+def misfit(reply: ClientUpdates, expected: Shapes) -> str | None:
+    """Why a whole reply has not the tensors and columns that were asked for, or None."""
+    count = len(reply.clients)
+    if set(reply.tensors) != set(expected):
+        return f"tensors {sorted(reply.tensors)} instead of {sorted(expected)}"
+    for name, (shape, dtype) in expected.items():
+        tensor = reply.tensors[name]
+        if tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype} instead of {dtype}"
+        if tensor.shape != (count, *shape):
+            return f"{name} has shape {tensor.shape[1:]} instead of {shape}"
+    for what, values in (("num_examples", reply.num_examples), ("loss", reply.loss)):
+        if values.shape != (count,):
+            return f"{what} has shape {values.shape} instead of {(count,)}"
+    return None
+
+
 def no_updates(plan: RoundPlan, head: Head, failures: tuple[ClientFailure, ...]) -> ClientUpdates:
     """A reply of nobody: only why clients have none."""
     none = {name: np.empty((0, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()}

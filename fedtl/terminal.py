@@ -21,9 +21,9 @@ from fedtl.build import OpenedData
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
+from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
-from fedtl.strategies import STRATEGIES
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -330,7 +330,7 @@ def next_commands(scenario: Scenario, name: str) -> list[str]:
     if scenario.clients.partition == "dirichlet":
         alpha = scenario.clients.alpha / 5
         commands.append((f"fedtl run {name} --set clients.alpha={alpha:g}", "and with more skew?"))
-    elif hasattr(STRATEGIES[scenario.strategy.name], "absorb"):
+    elif scenario.strategy.name in CLOSED_FORMS:
         commands.append((f"fedtl run {name} --set strategy.name=lbfgs", "and the exact head?"))
     else:
         rate = scenario.training.learning_rate / 5

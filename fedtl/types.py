@@ -23,6 +23,12 @@ Head = Mapping[str, Float32]
 ``hidden.<i>.weight`` [H, D] and ``hidden.<i>.bias`` [H] in front of them."""
 
 
+def float32(values: Float64) -> Float32:
+    """Rounded once; what overflows is infinite, and refused by whoever validates it."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
 def head_bytes(head: Head) -> int:
     """Logical payload of one head on the wire, in bytes."""
     return sum(tensor.nbytes for tensor in head.values())

@@ -38,7 +38,7 @@ from fedtl.clients.evaluation import evaluate_heads
 from fedtl.errors import InputError, client_of
 from fedtl.plans import RoundPlan
 from fedtl.scenario.updates import Attack
-from fedtl.types import ClientUpdates, Float32, Float64, Head, Int64, Population
+from fedtl.types import ClientUpdates, Float64, Head, Int64, Population, float32
 
 ROWS_AT_A_TIME = 8192
 """Test rows that are triggered and judged at a time: 40 MiB of 1,280 features."""
@@ -313,11 +313,6 @@ def _replaced(reply: ClientUpdates, head: Head, lying: Int64, forged: Float64) -
     for name, start in head.items():
         part = forged[places, first : first + start.size].reshape(-1, *start.shape)
         tensors[name] = tensors[name].copy()
-        tensors[name][rows] = _float32(start + part)
+        tensors[name][rows] = float32(start + part)
         first += start.size
     return replace(reply, tensors=tensors)
-
-
-def _float32(values: Float64) -> Float32:
-    with np.errstate(over="ignore"):  # an overflow is refused by the server, with the client's name
-        return values.astype(np.float32)

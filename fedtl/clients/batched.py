@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.clients.blocks import label_error, run_blocks
+from fedtl.clients.blocks import labels_of, run_blocks
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientUpdates, Float32, Head, Int32, Int64, LocalTraining, Population
@@ -195,9 +195,7 @@ def _train_group(
     num_classes = int((~group.absent).sum())
     rows = [population.train.of(client) for client in plan.clients[first:stop].tolist()]
     for client, chosen in zip(plan.clients[first:stop].tolist(), rows, strict=True):
-        truth = population.labels[chosen]
-        if len(truth) and (truth.min() < 0 or truth.max() >= num_classes):
-            raise label_error(population, client, num_classes)
+        labels_of(population, client, chosen, num_classes)
     begin = [[t.clone() for t in layer] for layer in group.layers]
     extra = None
     if plan.corrections:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -71,12 +73,7 @@ def block_rows(
     index = rows[0] if shared else np.concatenate(rows)
     stops = np.cumsum([0 if shared and i else len(own) for i, own in enumerate(rows)])
     starts = np.zeros_like(stops) if shared else stops - [len(own) for own in rows]
-    if len(index) and (index.min() < 0 or index.max() >= len(features)):
-        raise InputError(
-            "a client refers to rows that the features do not have",
-            got=f"rows {index.min()} to {index.max()}",
-            allowed=f"0 to {len(features) - 1}",
-        )
+    check_rows(index, features)
     if not readable(features):
         features, labels = features[index].astype(np.float32), labels[index]
         index = np.arange(len(index))
@@ -124,6 +121,40 @@ def run_blocks(
         finally:
             for future in futures:
                 future.cancel()
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """One thread for each matrix product, which several could split in another way."""
+    with _controller().limit(limits=1, user_api="blas"):
+        yield
+
+
+@lru_cache(maxsize=1)
+def _controller() -> Any:
+    """Looks once for the process's BLAS libraries, scipy's among them."""
+    import scipy.linalg  # noqa: F401  loads its own
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def labels_of(population: Population, client: int, rows: Int64, num_classes: int) -> Int32:
+    """The labels of some of a client's rows. Raises InputError for one outside the classes."""
+    labels = population.labels[rows]
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
+        raise label_error(population, client, num_classes)
+    return labels
+
+
+def check_rows(rows: Int64, features: npt.NDArray[np.floating[Any]]) -> None:
+    """Raise InputError for rows that the features do not have."""
+    if len(rows) and (rows.min() < 0 or rows.max() >= len(features)):
+        raise InputError(
+            "a client refers to rows that the features do not have",
+            got=f"rows {rows.min()} to {rows.max()}",
+            allowed=f"0 to {len(features) - 1}",
+        )
 
 
 def label_error(population: Population, client: int, num_classes: int) -> InputError:

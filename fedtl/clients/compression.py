@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.plans import RoundPlan, Shapes
+from fedtl.plans import RoundPlan, Shapes, misfit, no_updates
 from fedtl.types import ClientFailure, ClientUpdates, Float32, Head
 
 RESIDUAL = "residual"
@@ -116,13 +116,10 @@ def expand(reply: ClientUpdates, head: Head, plan: RoundPlan) -> ClientUpdates:
     local = plan.personal.local if plan.personal is not None else ()
     head = {name: start for name, start in head.items() if name not in local}
     count = len(reply.clients)
-    misfit = _misfit(reply, plan.reply(head))
-    if misfit is not None:
-        none = {name: np.empty((0, *start.shape), np.float32) for name, start in head.items()}
-        failures = (*reply.failures, *(ClientFailure(k, misfit) for k in reply.clients.tolist()))
-        return ClientUpdates(
-            reply.round, reply.clients[:0], none, np.empty(0, np.int64), np.empty(0), failures
-        )
+    reason = misfit(reply, plan.reply(head))
+    if reason is not None:
+        failures = (*reply.failures, *(ClientFailure(k, reason) for k in reply.clients.tolist()))
+        return no_updates(replace(plan, compression=None), head, failures)
     rows = [{name: values[i] for name, values in reply.tensors.items()} for i in range(count)]
     size = sum(tensor.size for tensor in head.values())
     faults = {i: fault for i, row in enumerate(rows) if (fault := _fault(row, size)) is not None}
@@ -221,21 +218,6 @@ def _levels(part: Float32, scale: np.float32) -> npt.NDArray[np.int8]:
         return np.zeros(len(part), np.int8)
     levels: npt.NDArray[np.int8] = np.clip(np.rint(part / scale), -LARGEST, LARGEST).astype(np.int8)
     return levels
-
-
-def _misfit(reply: ClientUpdates, expected: Shapes) -> str | None:
-    """Why a whole reply cannot be unpacked, or None."""
-    count = len(reply.clients)
-    if set(reply.tensors) != set(expected):
-        return f"tensors {sorted(reply.tensors)} instead of {sorted(expected)}"
-    for name, (shape, dtype) in expected.items():
-        tensor = reply.tensors[name]
-        if tensor.dtype != dtype or tensor.shape != (count, *shape):
-            return f"{name} is {tensor.dtype} {tensor.shape[1:]} instead of {dtype} {shape}"
-    for what, values in (("num_examples", reply.num_examples), ("loss", reply.loss)):
-        if values.shape != (count,):
-            return f"{what} has shape {values.shape} instead of {(count,)}"
-    return None
 
 
 def _fault(packed: Packed, size: int) -> str | None:

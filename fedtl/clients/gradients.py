@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.clients.blocks import label_error, run_blocks
+from fedtl.clients.blocks import check_rows, labels_of, one_blas_thread, run_blocks
 from fedtl.clients.training import LINEAR, check_clients, check_heads
-from fedtl.errors import InputError
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientUpdates, Float64, Head, Int32, Population
 
@@ -43,15 +42,13 @@ def gradients(
     Raises:
         InputError: shapes, ids or labels that do not fit together.
     """
-    from threadpoolctl import threadpool_limits
-
     clients = plan.clients
     check_clients(population, clients)
     check_heads(population, head, None, len(clients))
     point = {name: np.asarray(tensor, np.float64) for name, tensor in head.items()}
     summed = {name: np.zeros((len(clients), *tensor.shape)) for name, tensor in head.items()}
     loss, counts = np.zeros(len(clients)), population.train.counts[clients]
-    add, held = _add_linear, threadpool_limits(1, "blas")
+    add, held = _add_linear, one_blas_thread()
     if set(head) != LINEAR:
         from fedtl.clients.batched import one_torch_thread
 
@@ -77,15 +74,8 @@ def _sum_client(population: Population, client: int, point: Real, out: Real, add
     loss = 0.0
     for low in range(0, len(rows), ROWS):
         part = rows[low : low + ROWS]
-        if part.min() < 0 or part.max() >= len(population.features):
-            raise InputError(
-                "a client refers to rows that the features do not have",
-                got=f"rows {part.min()} to {part.max()}",
-                allowed=f"0 to {len(population.features) - 1}",
-            )
-        labels = population.labels[part]
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise label_error(population, client, num_classes)
+        check_rows(part, population.features)
+        labels = labels_of(population, client, part, num_classes)
         loss += add(population.features[part].astype(np.float64), labels, point, out)
     return loss
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtl.clients.blocks import label_error, run_blocks
-from fedtl.clients.statistics import one_blas_thread
+from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
 from fedtl.plans import Personal, RoundPlan
 from fedtl.types import ClientMetrics, Float64, Head, Int32, Int64, Population
 
@@ -58,9 +57,7 @@ def judge_neighbours(
         for i in range(first, stop):
             own = population.train.of(int(plan.clients[i]))
             for rows in (own, *(split[i] for split in splits)):
-                labels = population.labels[rows]
-                if len(labels) and (labels.min() < 0 or labels.max() >= shape[1]):
-                    raise label_error(population, int(plan.clients[i]), shape[1])
+                labels_of(population, int(plan.clients[i]), rows, shape[1])
             voters = Voters.of(population, head, own, personal)
             share = chosen_share(population, head, own, voters, personal.choices)
             for metrics, split in zip(found, splits, strict=True):

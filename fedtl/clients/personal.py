@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtl.clients.blocks import label_error, run_blocks
+from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
 from fedtl.clients.evaluation import evaluate_heads, evaluate_own
 from fedtl.clients.neighbours import judge_neighbours
 from fedtl.clients.personal_store import PersonalStore
@@ -36,7 +36,6 @@ from fedtl.clients.personal_training import (
     training_of,
     with_own,
 )
-from fedtl.clients.statistics import one_blas_thread
 from fedtl.clients.training import check_plan
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientMetrics, Float32, Float64, Head, Int64, Population
@@ -158,9 +157,7 @@ def _with_priors(place: Place, head: Head, plan: RoundPlan) -> Stacked:
     population, num_classes = place.population, len(head["bias"])
     everybodys = np.array(asked(plan).choices)
     for i, client in enumerate(plan.clients.tolist()):
-        labels = population.labels[population.train.of(client)]
-        if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
-            raise label_error(population, client, num_classes)
+        labels = labels_of(population, client, population.train.of(client), num_classes)
         counts = np.bincount(labels, minlength=num_classes)
         prior = np.log((counts + 1) / (len(labels) + num_classes))
         heads["bias"][i] = (head["bias"] + (prior - everybodys)).astype(np.float32)
@@ -179,11 +176,9 @@ def _ridge_heads(place: Place, head: Head, plan: RoundPlan) -> Stacked:
         for i in range(first, stop):
             client = int(plan.clients[i])
             rows = population.train.of(client)
-            labels = population.labels[rows]
             if not len(rows):
                 continue
-            if labels.min() < 0 or labels.max() >= len(head["bias"]):
-                raise label_error(population, client, len(head["bias"]))
+            labels = labels_of(population, client, rows, len(head["bias"]))
             z = np.ones((len(rows), shared.shape[0]))
             z[:, : population.features.shape[1]] = population.features[rows]
             targets = (labels[:, None] == held).astype(np.float64)

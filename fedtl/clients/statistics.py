@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl import seeding
-from fedtl.clients.blocks import label_error, run_blocks
+from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
 from fedtl.clients.training import check_clients
 from fedtl.plans import RoundPlan, Statistics
 from fedtl.types import ClientUpdates, Float64, Head, Int64, Population
@@ -99,10 +98,8 @@ def _sum_client(
 ) -> None:
     """One client's sums, added to the zeros in ``out``."""
     rows = population.train.of(client)
-    labels = population.labels[rows]
     num_classes, width = out["sums"].shape
-    if len(rows) and (labels.min() < 0 or labels.max() >= num_classes):
-        raise label_error(population, client, num_classes)
+    labels = labels_of(population, client, rows, num_classes)
     out["counts"][:] = np.bincount(labels, minlength=num_classes)
     block = np.empty((min(BLOCK_ROWS, max(1, len(rows))), width))
     gram = np.zeros((width, width)) if asked.gram or asked.class_grams else None
@@ -223,22 +220,6 @@ def unpack_symmetric(packed: Float64) -> Float64:
         matrix[i:, i] = row
         place += width - i
     return matrix
-
-
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """One thread for each matrix product, which several could split in another way."""
-    with _controller().limit(limits=1, user_api="blas"):
-        yield
-
-
-@lru_cache(maxsize=1)
-def _controller() -> Any:
-    """Looks once for the process's BLAS libraries, scipy's among them."""
-    import scipy.linalg  # noqa: F401  loads its own
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()
 
 
 @lru_cache(maxsize=1)

@@ -15,9 +15,9 @@ from fedtl import seeding
 from fedtl.conduct import Judge, Outcome
 from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.errors import PolicyStop
+from fedtl.evaluation.personalised import last_plan
 from fedtl.evaluation.references import Judgement, for_each, judged
 from fedtl.planning import judged_clients, local_training
-from fedtl.plans import RoundPlan
 from fedtl.rounds import Federation
 from fedtl.types import ClientMetrics, Int64
 
@@ -92,10 +92,10 @@ def _alone(federation: Federation, engine: FlowerEngine, clients: Int64) -> Clie
 def _personal(
     federation: Federation, engine: FlowerEngine, clients: Int64, outcome: Outcome
 ) -> ClientMetrics:
-    scenario, after = federation.scenario, outcome.rounds + 1
-    keys = seeding.client_keys(scenario.seed, "personal", after, clients)
+    scenario = federation.scenario
     training = local_training(scenario, 1)  # a schedule may have ended near zero
-    plan = RoundPlan(after, clients, keys, training, personal=outcome.personal)
+    assert outcome.personal is not None
+    plan = last_plan(outcome.personal, training, outcome.rounds, scenario.seed, clients)
     return engine.judge_personal(outcome.head, plan)
 
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from fedtl.clients.statistics import one_blas_thread, unpack_symmetric
+from fedtl.clients.blocks import one_blas_thread
+from fedtl.clients.statistics import unpack_symmetric
 from fedtl.errors import InputError, client_of
 from fedtl.results.commits import read_commit
 from fedtl.results.files import write_atomic

@@ -9,7 +9,20 @@ from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.evaluation.references import HEADS_AT_A_TIME, Judge, Judgement, judged
 from fedtl.plans import Personal, RoundPlan
-from fedtl.types import ClientMetrics, Head, LocalTraining, join_metrics
+from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, join_metrics
+
+
+def last_plan(
+    personal: Personal, training: LocalTraining, rounds: int, seed: int, clients: Int64
+) -> RoundPlan:
+    """What clients do for themselves after the last round; the same wherever they are.
+
+    Args:
+        personal, training, rounds, seed: see ``judge_personalised``.
+        clients: int64 [k], sorted.
+    """
+    keys = seeding.client_keys(seed, "personal", rounds + 1, clients)
+    return RoundPlan(rounds + 1, clients, keys, training, personal=personal)
 
 
 def judge_personalised(
@@ -43,8 +56,7 @@ def judge_personalised(
     for start in range(0, len(judge.clients), HEADS_AT_A_TIME):
         check()
         clients = judge.clients[start : start + HEADS_AT_A_TIME]
-        keys = seeding.client_keys(seed, "personal", rounds + 1, clients)
-        plan = RoundPlan(rounds + 1, clients, keys, training, personal=personal)
+        plan = last_plan(personal, training, rounds, seed, clients)
         mine, abroad = judge_personal(
             judge.population,
             head,

@@ -44,6 +44,11 @@ def keep_statistics(run: Path, updates: ClientUpdates, names: Sequence[str]) -> 
         write_atomic(folder / f"{client}.safetensors", content, last=last)
 
 
+def keeps_statistics(run: Path) -> bool:
+    """Whether any client's statistics were kept."""
+    return (run / STATISTICS).is_dir()
+
+
 def kept_names(run: Path) -> dict[int, str]:
     """The name of every client whose statistics were kept, by id, in the order of the ids."""
     names: dict[int, str] = {}

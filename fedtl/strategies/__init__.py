@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from fedtl.errors import PolicyStop, client_of
-from fedtl.plans import RoundPlan
 from fedtl.results.statistics import KEPT_BYTES
+from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.averaging import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
 from fedtl.strategies.base import ServerState, Strategy
 from fedtl.strategies.class_means import CCVR, FedCOF, FedLDA, FedNCM
-from fedtl.strategies.closed_form import AFL, Fed3R
+from fedtl.strategies.closed_form import AFL, Fed3R, OneShot
 from fedtl.strategies.drift import FedDyn, FedExP, FedNova, Mime, QFedAvg, Scaffold
 from fedtl.strategies.exact import Lbfgs
 from fedtl.strategies.flower_adapter import FlowerStrategy
@@ -41,7 +39,7 @@ from fedtl.strategies.robust import (
     TrimmedMean,
 )
 from fedtl.strategies.warm_start import WarmStart
-from fedtl.types import Head, LocalTraining, Roster
+from fedtl.types import Head, Roster
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -108,19 +106,16 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
             "the closed-form start of round 1 is a plain sum: the robust rule guards what comes "
             "after it"
         )
-    if not getattr(section, "keep_statistics", False):
-        return notes
-    nobody, no_keys = np.empty(0, np.int64), np.empty(0, np.uint64)
-    plan = RoundPlan(1, nobody, no_keys, LocalTraining(0, 1, 0.0))
     strategy = make_strategy(scenario, roster.names)
-    asked = strategy.plan(strategy.init(head, roster.num_clients), plan)
-    size = asked.up_bytes(head) * roster.num_clients
-    if asked.task == "statistics" and size > KEPT_BYTES:
+    if not isinstance(strategy, OneShot) or not getattr(strategy, "keep_statistics", False):
+        return notes
+    size = strategy.question().up_bytes(head) * roster.num_clients
+    if size > KEPT_BYTES:
         notes.append(
             f"the clients' statistics ({size / 2**30:.1f} GiB) are not kept: nobody's "
             "contribution can be told, and nobody be forgotten, without asking again"
         )
-    elif asked.task == "statistics" and real:
+    elif real:
         notes.append(
             "each client's statistics stay in the run's folder, to tell contributions and to "
             "forget a client; strategy.keep_statistics = false leaves them out"
@@ -188,7 +183,7 @@ def tasks_of(scenario: Scenario) -> list[str]:
     name, build = scenario.strategy.name, STRATEGIES[scenario.strategy.name]
     if name == "lbfgs":
         return ["gradient"]
-    tasks = ["statistics"] if hasattr(build, "absorb") else ["train"]
+    tasks = ["statistics"] if name in CLOSED_FORMS else ["train"]
     if scenario.head.initial == "fed3r":
         tasks.insert(0, "statistics")
     if name == "mime":

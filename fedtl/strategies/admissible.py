@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import blas, lapack
 
-from fedtl.clients.statistics import one_blas_thread, unpack_symmetric
+from fedtl.clients.blocks import one_blas_thread
+from fedtl.clients.statistics import unpack_symmetric
 from fedtl.plans import Statistics
 from fedtl.types import Float64
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedtl.plans import RoundPlan
 from fedtl.strategies.base import (
+    EveryRound,
     ServerState,
     Weighting,
     client_weights,
@@ -26,29 +27,17 @@ from fedtl.types import ClientUpdates, Float64, Head
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(EveryRound):
     """Weighted mean of the clients' heads; with a server rate of 1 exactly McMahan's."""
 
     weighting: Weighting = "examples"
     server_learning_rate: float = 1.0
-
-    def init(self, head: Head, num_clients: int) -> ServerState:
-        """FedAvg remembers nothing but the head."""
-        return ServerState(head)
-
-    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
-        """Clients train as the scenario says."""
-        return plan
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """w + eta_g * Delta."""
         delta = self._delta(state, updates)
         step = {name: self.server_learning_rate * value for name, value in delta.items()}
         return replace(state, head=moved(state, step))
-
-    def finished(self, state: ServerState) -> bool:
-        """Never: it goes on for as many rounds as the scenario has."""
-        return False
 
     def _delta(self, state: ServerState, updates: ClientUpdates) -> dict[str, Float64]:
         return mean_delta(state.head, updates, client_weights(updates, self.weighting))

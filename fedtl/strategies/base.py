@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedtl.errors import InputError
 from fedtl.plans import Personal, RoundPlan
-from fedtl.types import ClientUpdates, Float32, Float64, Head
+from fedtl.types import ClientUpdates, Float64, Head, float32
 
 Weighting = Literal["examples", "uniform"]
 
@@ -38,7 +38,7 @@ class ServerState:
     def result(self) -> Head:
         """The head that is judged and kept: slots ``result.<name>`` where a strategy has them."""
         return {
-            name: _float32(self.slots[RESULT + name]) if RESULT + name in self.slots else tensor
+            name: float32(self.slots[RESULT + name]) if RESULT + name in self.slots else tensor
             for name, tensor in self.head.items()
         }
 
@@ -61,6 +61,23 @@ class Strategy(Protocol):
     def finished(self, state: ServerState) -> bool:
         """Whether another round could change nothing."""
         ...
+
+
+class EveryRound:
+    """A strategy that remembers nothing at first, changes no plan and never finishes, unless it
+    says otherwise: what most of them have in common."""
+
+    def init(self, head: Head, num_clients: int) -> ServerState:
+        """Nothing but the head."""
+        return ServerState(head)
+
+    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
+        """Clients train as the scenario says."""
+        return plan
+
+    def finished(self, state: ServerState) -> bool:
+        """Never: it goes on for as many rounds as the scenario has."""
+        return False
 
 
 @runtime_checkable
@@ -132,9 +149,4 @@ def mean_delta(head: Head, updates: ClientUpdates, weights: Float64) -> dict[str
 
 def moved(state: ServerState, step: Mapping[str, Float64]) -> Head:
     """The head after adding a float64 step, rounded once to float32."""
-    return {name: _float32(tensor + step[name]) for name, tensor in state.head.items()}
-
-
-def _float32(values: Float64) -> Float32:
-    with np.errstate(over="ignore"):  # an overflow is refused by the loop, with its round
-        return values.astype(np.float32)
+    return {name: float32(tensor + step[name]) for name, tensor in state.head.items()}

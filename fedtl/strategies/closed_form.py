@@ -21,7 +21,8 @@ import numpy.typing as npt
 from scipy.linalg import lapack
 
 from fedtl import seeding
-from fedtl.clients.statistics import fourier_map, one_blas_thread, unpack_symmetric
+from fedtl.clients.blocks import one_blas_thread
+from fedtl.clients.statistics import fourier_map, unpack_symmetric
 from fedtl.errors import InputError
 from fedtl.plans import RoundPlan, Shapes, Statistics
 from fedtl.strategies.base import ServerState
@@ -108,11 +109,15 @@ class OneShot:
         """Once every client has reported."""
         return bool(state.slots["reported"].all())
 
-    def _sums(self, head: Head, num_clients: int) -> Shapes:
-        """The summed slots: one client's answer."""
+    def question(self) -> RoundPlan:
+        """What each client is asked, put to nobody: for the form of an answer."""
         nobody = np.empty(0, np.int64)
         plan = RoundPlan(0, nobody, nobody.astype(np.uint64), LocalTraining(0, 1, 0.0))
-        return replace(plan, task="statistics", statistics=self.asked()).reply(head)
+        return replace(plan, task="statistics", statistics=self.asked())
+
+    def _sums(self, head: Head, num_clients: int) -> Shapes:
+        """The summed slots: one client's answer."""
+        return self.question().reply(head)
 
     def _changed(
         self,

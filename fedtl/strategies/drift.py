@@ -31,6 +31,7 @@ from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import (
     RESULT,
+    EveryRound,
     ServerState,
     Weighting,
     client_weights,
@@ -94,7 +95,7 @@ class Scaffold(FedAvg):
 
 
 @dataclass(frozen=True)
-class FedDyn:
+class FedDyn(EveryRound):
     """Clients minimise F_k - <h_k, w> + alpha/2 |w - w_t|^2; h_k <- h_k - alpha (w_k - w_t).
 
     w <- sum_k p_k w_k - h / alpha with h = sum_k p_k h_k over the whole population. Deviation: for
@@ -139,10 +140,6 @@ class FedDyn:
         step = {name: delta[name] - mean[name] / self.alpha for name in delta}
         return ServerState(moved(state, step), kept)
 
-    def finished(self, state: ServerState) -> bool:
-        """Never: it goes on for as many rounds as the scenario has."""
-        return False
-
 
 @dataclass(frozen=True)
 class FedNova(FedAvg):
@@ -157,7 +154,7 @@ class FedNova(FedAvg):
 
 
 @dataclass(frozen=True)
-class FedExP:
+class FedExP(EveryRound):
     """FedAvg with server rate max(1, sum_k p_k |Delta_k|^2 / (2 (|Delta|^2 + epsilon))).
 
     As many clients disagree, the mean is shorter than they are, and the step is extrapolated. What
@@ -172,10 +169,6 @@ class FedExP:
         """Judged is at first the head itself."""
         return ServerState(head, {RESULT + n: t.astype(np.float64) for n, t in head.items()})
 
-    def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
-        """Clients train as the scenario says."""
-        return plan
-
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """An extrapolated step, never shorter than FedAvg's."""
         weights = client_weights(updates, self.weighting)
@@ -188,10 +181,6 @@ class FedExP:
         return ServerState(
             head, {RESULT + n: (t.astype(np.float64) + head[n]) / 2 for n, t in state.head.items()}
         )
-
-    def finished(self, state: ServerState) -> bool:
-        """Never: it goes on for as many rounds as the scenario has."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -235,7 +224,7 @@ class Mime(FedAvg):
 
 
 @dataclass(frozen=True)
-class QFedAvg:
+class QFedAvg(EveryRound):
     """Clients count the more the worse their loss: w <- w - sum_k Delta_k / sum_k h_k.
 
     Delta_k = F_k^q L (w - w_k), h_k = q F_k^(q-1) |L (w - w_k)|^2 + L F_k^q, L = 1 / eta, F_k the
@@ -243,10 +232,6 @@ class QFedAvg:
     """
 
     q: float = 1.0
-
-    def init(self, head: Head, num_clients: int) -> ServerState:
-        """It remembers nothing but the head."""
-        return ServerState(head)
 
     def plan(self, state: ServerState, plan: RoundPlan) -> RoundPlan:
         """Asks for the loss at the round's head."""
@@ -263,10 +248,6 @@ class QFedAvg:
         scale = float((self.q * power / loss * squares + steepness * power).sum())
         delta = mean_delta(state.head, updates, power * steepness / scale)
         return replace(state, head=moved(state, delta))
-
-    def finished(self, state: ServerState) -> bool:
-        """Never: it goes on for as many rounds as the scenario has."""
-        return False
 
 
 def applied_steps(updates: ClientUpdates) -> Float64:

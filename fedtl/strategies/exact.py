@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from fedtl.plans import RoundPlan
 from fedtl.strategies.base import RESULT, ServerState, client_weights
-from fedtl.types import ClientUpdates, Float32, Float64, Head
+from fedtl.types import ClientUpdates, Float32, Float64, Head, float32
 
 DECREASE = 1e-4
 """Share of the decrease that the slope promises with which a step is taken."""
@@ -240,8 +240,7 @@ def _tensors(vector: Float64, head: Head) -> dict[str, Float32]:
 
 
 def _single(vector: Float64) -> Float64:
-    with np.errstate(over="ignore"):  # refused by the loop, with its round
-        return vector.astype(np.float32).astype(np.float64)
+    return float32(vector).astype(np.float64)
 
 
 def _slots(search: _Search, head: Head, examples: npt.NDArray[np.int64]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtl.clients.statistics import one_blas_thread
+from fedtl.clients.blocks import one_blas_thread
 from fedtl.errors import PolicyStop
 from fedtl.scenario.compatibility import least_clients
 from fedtl.strategies.averaging import FedAvg

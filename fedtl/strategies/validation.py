@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.plans import RoundPlan, Shapes
+from fedtl.plans import RoundPlan, Shapes, misfit
 from fedtl.strategies.admissible import inadmissible
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64
 
@@ -84,17 +84,8 @@ def _malformed(reply: ClientUpdates, plan: RoundPlan, expected: Shapes) -> str |
         return f"client {min(unknown)} is not in this round"
     if len(set(reply.clients.tolist())) != count:
         return "answered twice"
-    if set(reply.tensors) != set(expected):
-        return f"tensors {sorted(reply.tensors)} instead of {sorted(expected)}"
-    for name, (shape, dtype) in expected.items():
-        tensor = reply.tensors[name]
-        if tensor.dtype != dtype:
-            return f"{name} is {tensor.dtype} instead of {dtype}"
-        if tensor.shape != (count, *shape):
-            return f"{name} has shape {tensor.shape[1:]} instead of {shape}"
-    for what, values in (("num_examples", reply.num_examples), ("loss", reply.loss)):
-        if values.shape != (count,):
-            return f"{what} has shape {values.shape} instead of {(count,)}"
+    if (reason := misfit(reply, expected)) is not None:
+        return reason
     if reply.num_examples.dtype.kind not in "iu":
         return f"num_examples is {reply.num_examples.dtype} instead of int64"
     return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedtl.plans import Personal, RoundPlan
-from fedtl.strategies.base import ServerState, Strategy, Summing
+from fedtl.strategies.base import ServerState, Strategy, Summing, personal_of
 from fedtl.types import ClientUpdates, Head
 
 FIRST, STARTED = "closed_form.", "closed_form_started"
@@ -66,8 +66,7 @@ class WarmStart:
 
     def personal(self, state: ServerState) -> Personal | None:
         """What the other strategy has clients do for themselves."""
-        own = getattr(self.then, "personal", None)
-        return own(self._own(state)) if own is not None else None
+        return personal_of(self.then, self._own(state))
 
     def _started(self, state: ServerState) -> bool:
         return bool(state.slots[STARTED][0])

@@ -25,6 +25,7 @@ from fedtl.planning import plan_round
 from fedtl.plans import RoundPlan
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
+from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.load import strategy_names
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import STRATEGIES, make_strategy
@@ -538,3 +539,7 @@ def test_defaults_of_schema_and_class_agree(name: str) -> None:
     written = {"fltrust": {"root": "a"}, "flower": {"class": "FedAvg"}}.get(name, {})
     scenario = Scenario.model_validate({"name": "x", "strategy": {"name": name, **written}})
     assert make_strategy(scenario, ("a",)) == STRATEGIES[name](**REQUIRED.get(name, {}))
+
+
+def test_the_closed_forms_are_those_that_sum_statistics() -> None:
+    assert set(CLOSED_FORMS) == {n for n, build in STRATEGIES.items() if hasattr(build, "absorb")}

@@ -19,7 +19,7 @@ LAZY = 10**6
 
 def round_nothing(monkeypatch) -> None:
     """Have heads and corrections stay in float64 (see ``start`` for the variates)."""
-    monkeypatch.setattr(base, "_float32", lambda values: values)
+    monkeypatch.setattr(base, "float32", lambda values: values)
     monkeypatch.setattr(drift, "_difference", lambda mean, own: mean - own)
 
 
