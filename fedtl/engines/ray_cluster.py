@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -263,8 +265,22 @@ def _well_behaved(start: Callable[..., subprocess.Popen[bytes]]) -> Iterator[Non
         _replaced(services, "resolve_ip_for_localhost", lambda host: host),
         _replaced(utils, "set_sigterm_handler", lambda handler: None),
         _replaced(services, "ConsolePopen", start),
+        _sigterm_kept(),
     ):
         yield
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Puts this process's handler for SIGTERM back in its place after the context.
+
+    Ray's core puts one below Python's that prints a stack and, before it calls Python's, sets an
+    alarm: a process that has not ended three seconds later is aborted, in the midst of its step.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

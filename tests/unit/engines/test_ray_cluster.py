@@ -53,6 +53,24 @@ def test_the_command_line_does_not_import_ray(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+def test_a_signal_is_not_followed_by_an_alarm(tmp_path: Path) -> None:
+    text = """
+import os, signal
+from fedtl.engines import ray_cluster
+from fedtl.interrupts import Interrupts
+
+with Interrupts() as interrupts:
+    cluster = ray_cluster.join(num_cpus=1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    left = signal.alarm(0)
+    cluster.leave()
+    raise SystemExit(f"{left} seconds left" if left else 0)
+"""
+    done = script(text, tmp_path, PYTHONPATH=str(Path(ray_cluster.__file__).parents[2]))
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM received" not in done.stderr
+
+
 def test_workers_import_the_same_fedtl_when_it_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "fedtl").symlink_to(Path(ray_cluster.__file__).parents[1])
     text = """
