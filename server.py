@@ -25,8 +25,8 @@ def simulate(grid: Grid, context: Context) -> None:
 
     from fedtl.engines.flower_simulation import given
     from fedtl.interrupts import Interrupts
-    from fedtl.run import new_run_path, run_scenario
     from fedtl.scenario.load import load_scenario
+    from fedtl.simulation import new_run_path, run_scenario
     from fedtl.terminal import Terminal
 
     scenario = load_scenario(str(context.run_config["scenario"]), engine="flower")

@@ -30,10 +30,10 @@ from fedtl import machine
 from fedtl.build import make_features, open_data, population_of
 from fedtl.errors import FedtlError
 from fedtl.interrupts import Interrupts
-from fedtl.run import run_scenario
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.load import load_scenario
 from fedtl.scenario.schema import Scenario
+from fedtl.simulation import run_scenario
 from fedtl.strategies import STRATEGIES
 from fedtl.terminal import PatientConsole, Terminal
 from fedtl.types import Head, Population

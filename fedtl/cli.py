@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from fedtl.client_commands import app as client_app
+from fedtl.options import AsJson, EngineName, Overrides, RunName, ScenarioName, again, console_for
 from fedtl.server_commands import app as server_app
+from fedtl.study_commands import app as study_app
 
 app = typer.Typer(
     name="fedtl",
@@ -22,21 +24,10 @@ app = typer.Typer(
     epilog="Start with: fedtl run quickstart",
 )
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the feature store.")
+app.add_typer(study_app)
 app.add_typer(cache_app, name="cache")
 app.add_typer(server_app, name="server")
 app.add_typer(client_app, name="client")
-
-ScenarioName = Annotated[
-    str, typer.Argument(metavar="SCENARIO", help="A name from scenarios/ or a path to a .toml.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value; repeatable."),
-]
-EngineName = Annotated[
-    str | None, typer.Option("--engine", help="Where clients live: local, ray or flower.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
 
 
 def _version(wanted: bool) -> None:
@@ -74,15 +65,15 @@ def run(
     from fedtl.interrupts import Interrupts
     from fedtl.listings import print_seeds
     from fedtl.results.runs import refuse_taken
-    from fedtl.run import new_run_path, run_scenario
     from fedtl.scenario.load import load_scenario, with_seed
+    from fedtl.simulation import new_run_path, run_scenario
     from fedtl.terminal import Terminal
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     path = out or new_run_path(chosen)
     refuse_taken(path)
-    console = _console(as_json)
-    command = _again(scenario, overrides, engine)
+    console = console_for(as_json)
+    command = again(scenario, overrides, engine)
     summaries: list[dict[str, Any]] = []
     with Interrupts() as interrupts:
         for seed in range(chosen.seed, chosen.seed + seeds):
@@ -98,7 +89,7 @@ def run(
 
 @app.command()
 def resume(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name, or 'last'.")],
+    run: RunName,
     allow: Annotated[
         bool, typer.Option("--allow", help="Go on although data or versions changed.")
     ] = False,
@@ -107,11 +98,14 @@ def resume(
     """Go on with an interrupted run from its last commit."""
     from fedtl.interrupts import Interrupts
     from fedtl.results.runs import SCENARIO
-    from fedtl.run import find_run, resume_run
+    from fedtl.simulation import find_run, resume_run
     from fedtl.terminal import Terminal
 
     path = find_run(run)
-    with Interrupts() as interrupts, Terminal(_console(as_json), f"{path}/{SCENARIO}") as terminal:
+    with (
+        Interrupts() as interrupts,
+        Terminal(console_for(as_json), f"{path}/{SCENARIO}") as terminal,
+    ):
         summary = resume_run(path, terminal, interrupts, allow_changes=allow)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
@@ -119,12 +113,12 @@ def resume(
 
 @app.command()
 def forget(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, its name, or 'last'.")],
+    run: RunName,
     client: Annotated[str, typer.Argument(metavar="CLIENT", help="The client's name.")],
 ) -> None:
     """Make a closed-form run's head without one client, exactly, asking nobody again."""
     from fedtl.evaluation.contributions import forget_client
-    from fedtl.run import find_run
+    from fedtl.simulation import find_run
 
     path = forget_client(find_run(run), client)
     typer.echo(f"{path}: the head as if {client} had never taken part")
@@ -145,8 +139,8 @@ def check(
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     with Interrupts() as interrupts:
-        command = _again(scenario, overrides)
-        facts = check_scenario(chosen, command, _console(as_json), interrupts)
+        command = again(scenario, overrides)
+        facts = check_scenario(chosen, command, console_for(as_json), interrupts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
 
@@ -165,7 +159,7 @@ def parity(
     from fedtl.scenario.load import load_scenario
 
     chosen = load_scenario(scenario, overrides or ())
-    console = _console(as_json)
+    console = console_for(as_json)
     with Interrupts() as interrupts:
         quiet = Quiet(lambda note: console.print(note, style="yellow", markup=False))
         certificate = certify(
@@ -196,7 +190,7 @@ def list_names(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        print_choices(_console(False), found)
+        print_choices(console_for(False), found)
 
 
 @app.command()
@@ -210,7 +204,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([finding.__dict__ for finding in findings], indent=2))
     else:
-        print_findings(_console(False), findings)
+        print_findings(console_for(False), findings)
     broken = [finding.what for finding in findings if not finding.ok]
     if broken:
         raise EnvironmentFault(f"this machine lacks: {', '.join(broken)}", do="See the lines above")
@@ -235,7 +229,7 @@ def cache_ls(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([entry.__dict__ for entry in entries], indent=2, default=str))
     else:
-        print_entries(_console(False), store, entries)
+        print_entries(console_for(False), store, entries)
 
 
 @cache_app.command("rm")
@@ -257,22 +251,6 @@ def cache_rm(
         key = found[0] if found else key
     freed = store.remove(key)
     typer.echo(f"freed {freed / 2**20:.1f} MiB")
-
-
-def _again(scenario: str, overrides: list[str] | None, engine: str | None = None) -> str:
-    """What the user called, for commands to type next."""
-    import shlex
-
-    settings = ["--engine", engine] if engine else []
-    settings += [part for override in overrides or () for part in ("--set", override)]
-    return shlex.join([scenario, *settings])
-
-
-def _console(as_json: bool) -> Any:
-    """Where people read: standard output, or standard error while that carries JSON."""
-    from fedtl.terminal import PatientConsole
-
-    return PatientConsole(stderr=as_json)
 
 
 def main() -> None:

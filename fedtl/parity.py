@@ -16,9 +16,9 @@ from fedtl.errors import EnvironmentFault, Interrupted
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.interrupts import Interrupts
-from fedtl.run import Observer, run_scenario
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
+from fedtl.simulation import Observer, run_scenario
 from fedtl.types import ClientUpdates
 
 COMPARED = ("cohorts_blake2b", "batches_blake2b", "head_sha256", "bytes_up", "bytes_down")

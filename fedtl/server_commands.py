@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from fedtl.options import AsJson, Overrides, ScenarioName, console_for
 
 app = typer.Typer(no_args_is_help=True, help="Run a federation of real clients.")
 
 Folder = Annotated[Path, typer.Option("--folder", help="The federation's folder.")]
-Scenario = Annotated[
-    str, typer.Argument(metavar="SCENARIO", help="A name from scenarios/ or a path to a .toml.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one value; repeatable."),
-]
 Least = Annotated[
     int | None,
     typer.Option("--min-clients", min=1, help="Begin with as few, once the wait is over."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Result as JSON on standard output.")]
 
 FOLDER = Path("federation")
 
@@ -102,7 +96,7 @@ def approve(
 
 @app.command()
 def run(
-    scenario: Scenario,
+    scenario: ScenarioName,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/<scenario>-<time>.")
@@ -115,12 +109,12 @@ def run(
     from fedtl.deployment.federation import Federation
     from fedtl.deployment.running import Deployment, run_deployed
     from fedtl.interrupts import Interrupts
-    from fedtl.run import new_run_path
     from fedtl.scenario.load import load_scenario
+    from fedtl.simulation import new_run_path
     from fedtl.terminal import Terminal
 
     chosen = load_scenario(scenario, overrides or (), engine="flower")
-    with Interrupts() as interrupts, Terminal(_console(as_json)) as terminal:
+    with Interrupts() as interrupts, Terminal(console_for(as_json)) as terminal:
         deployment = Deployment(Federation(folder), least, terminal, interrupts)
         summary = run_deployed(chosen, out or new_run_path(chosen), deployment)
     if as_json:
@@ -141,17 +135,11 @@ def resume(
     from fedtl.deployment.federation import Federation
     from fedtl.deployment.running import Deployment, resume_deployed
     from fedtl.interrupts import Interrupts
-    from fedtl.run import find_run
+    from fedtl.simulation import find_run
     from fedtl.terminal import Terminal
 
-    with Interrupts() as interrupts, Terminal(_console(as_json)) as terminal:
+    with Interrupts() as interrupts, Terminal(console_for(as_json)) as terminal:
         deployment = Deployment(Federation(folder), least, terminal, interrupts)
         summary = resume_deployed(find_run(run), deployment, allow_changes=allow)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
-
-
-def _console(as_json: bool) -> Any:
-    from fedtl.terminal import PatientConsole
-
-    return PatientConsole(stderr=as_json)

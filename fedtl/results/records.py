@@ -39,6 +39,17 @@ ROUNDS = pa.schema(
 )
 """One row a round; metrics of the federated head on all judged clients' test examples."""
 
+BESIDE = (
+    "local_only",
+    "centralised",
+    "ridge",
+    "fine_tuned",
+    "best_client",
+    "from_scratch",
+    "personal",
+)
+"""Heads that stand beside the federated one in the last round's rows."""
+
 CLIENTS = pa.schema(
     [
         *_ROUND,
@@ -52,21 +63,45 @@ CLIENTS = pa.schema(
         ("balanced_accuracy", pa.float64()),
         ("update_norm", pa.float64()),
         ("status", pa.string()),
-        ("local_only_accuracy", pa.float64()),
-        ("local_only_loss", pa.float64()),
-        ("centralised_accuracy", pa.float64()),
-        ("centralised_loss", pa.float64()),
-        ("ridge_accuracy", pa.float64()),
-        ("ridge_loss", pa.float64()),
-        ("personal_accuracy", pa.float64()),
-        ("personal_loss", pa.float64()),
+        *((f"{head}_{metric}", pa.float64()) for head in BESIDE for metric in ("accuracy", "loss")),
+        ("beats_local_only", pa.int64()),
+        ("loses_to_local_only", pa.int64()),
+        ("fine_tuned_beats_local_only", pa.int64()),
+        ("fine_tuned_loses_to_local_only", pa.int64()),
+        ("personal_beats_local_only", pa.int64()),
+        ("personal_loses_to_local_only", pa.int64()),
+        ("p_value", pa.float64()),
+        ("p_holm", pa.float64()),
+        ("verdict", pa.string()),
+        ("advice", pa.string()),
+        ("calibration_error", pa.float64()),
+        ("auroc", pa.float64()),
         ("contribution_own", pa.float64()),
         ("contribution_others", pa.float64()),
     ]
 )
 """One row per round, client and split. ``split``: train (the client's own training), test (its own
 test examples), everyone (the test examples of all; last round only). The metrics are the federated
-head's; beside them, in the last round, those of the references. Undefined is null."""
+head's; beside them, in the last round, those of the references. ``beats_local_only`` counts the
+examples that only the federated head has right, ``loses_to_local_only`` those that only the
+client's own has; the p-values, ``verdict`` (gains, no evidence, harmed) and ``advice`` (join,
+personalise, stay alone, not enough evidence) are about these, on the client's own tests. Undefined
+is null."""
+
+CLASSES = pa.schema(
+    [
+        ("client", pa.int64()),
+        ("name", pa.string()),
+        ("domain", pa.string()),
+        ("class", pa.string()),
+        ("train", pa.int64()),
+        ("test", pa.int64()),
+        ("correct", pa.int64()),
+        ("local_only_correct", pa.int64()),
+    ]
+)
+"""``classes.parquet``: one row per client and class that it has; ``correct`` of its test examples,
+by the federated head. Of real clients the training counts are not known (null)."""
 
 
 Complete = Callable[[pa.RecordBatch], pa.RecordBatch]

@@ -21,7 +21,11 @@ from fedtl.scenario.schema import Scenario
 MAX_SCENARIO_BYTES = 1_000_000
 """A scenario is a page of text; a larger file is a mistake (a data file, say)."""
 
-PATH_KEYS = (("data", "path", r"$."), ("backbone", "weights", r"default|none|[A-Z][A-Z0-9_]*"))
+PATH_KEYS = (
+    ("data", "path", r"$."),
+    ("clients", "split_file", r"$."),
+    ("backbone", "weights", r"default|none|[A-Z][A-Z0-9_]*"),
+)
 """Keys that may hold a path, with a pattern of the words that are none."""
 
 

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedtl.scenario.sections import (
+    AlphaOrInfinity,
     Beta,
+    ClosedFraction,
     Count,
     FilePath,
     Fraction,
@@ -42,6 +44,11 @@ class Data(Section):
         "train", description="which official part of a torchvision data set is federated"
     )
     domains: bool = Field(False, description="folder: <domain>/<class>/<image> on disk")
+    client_pattern: str | None = Field(
+        None,
+        description="folder: regular expression whose group names the client in a file's path, "
+        r"e.g. _(\d+)\.png$ for Omniglot's drawers",
+    )
     test_fraction: OpenFraction = Field(
         0.2, description="of each client's examples, stratified; a given split column wins"
     )
@@ -63,12 +70,26 @@ class Clients(Section):
         None, description="clients in all; default 10, or one per domain / natural client"
     )
     partition: Literal[
-        "iid", "dirichlet", "shards", "quantity", "domain", "natural", "flwr_datasets"
+        "iid",
+        "dirichlet",
+        "dirichlet_capacity",
+        "label_quantity",
+        "shards",
+        "quantity",
+        "domain",
+        "natural",
+        "file",
+        "flwr_datasets",
     ] = "iid"
     within_domains: bool = Field(
         False, description="deal clients to domains evenly and partition inside each"
     )
-    alpha: Positive = Field(0.5, description="dirichlet: concentration, small = skewed")
+    alpha: AlphaOrInfinity = Field(
+        0.5, description="dirichlet kinds: concentration, small = skewed, inf = even"
+    )
+    split_file: FilePath | None = Field(
+        None, description="file: who holds what, as 'fedtl split --write' wrote it"
+    )
     shards_per_client: Count = Field(2, description="shards: label-sorted shards a client gets")
     quantity: Literal["lognormal", "zipf"] = Field(
         "lognormal", description="quantity: how client sizes are distributed"
@@ -87,6 +108,52 @@ class Clients(Section):
         default_factory=dict, description="flwr_datasets: the partitioner's keyword arguments"
     )
     fraction: Fraction = Field(1.0, description="of the clients, sampled each round")
+
+
+class Shift(Section):
+    """How clients' data are made unlike each other's: for studies, in simulation only."""
+
+    kinds: list[
+        Literal["rotation", "blur", "noise", "jpeg", "contrast", "colour", "grey", "downsample"]
+    ] = Field(
+        default=[],
+        description="what is done to a shifted client's images before the trunk; several kinds are "
+        "dealt over the clients, and each client draws its own parameters",
+    )
+    severity: Annotated[int, Field(ge=1, le=5)] = 3
+    fraction: ClosedFraction = Field(
+        1.0, description="of the clients whose images are shifted (seeded)"
+    )
+    concept_fraction: ClosedFraction = Field(
+        0.0, description="of the clients whose labels are permuted, each in its own way (seeded)"
+    )
+
+
+class Adaptation(Section):
+    """What each client does against its gap to the others, before or beside the training."""
+
+    input: Literal["none", "match"] = Field(
+        "none",
+        description="match: each client's pixels get the channel means and deviations that the "
+        "weights were trained with",
+    )
+    features: Literal["none", "standardise", "whiten", "coral"] = Field(
+        "none",
+        description="each client's features: own mean and deviation removed, own covariance "
+        "removed, or own covariance replaced by everybody's",
+    )
+    allow_label_skew: bool = Field(
+        False, description="align features although the clients' labels differ strongly"
+    )
+    prior: Literal["none", "balanced_softmax", "logit_adjustment", "bbse"] = Field(
+        "none",
+        description="own class frequencies: in the training loss, in predictions at home, or "
+        "estimated from predictions on unlabelled tests",
+    )
+    prior_strength: Positive = Field(1.0, description="tau, of balanced_softmax, logit_adjustment")
+    adversarial: NonNegative = Field(
+        0.0, description="mlp head: weight of a reversed domain loss on its hidden features (DANN)"
+    )
 
 
 class Backbone(Section):
@@ -174,9 +241,17 @@ class Validation(Section):
 class Evaluation(Section):
     """What the heads are compared with and how often they are judged."""
 
-    references: list[Literal["local_only", "centralised", "ridge"]] = Field(
-        ["local_only", "centralised"],
-        description="each client alone; the pooled optimum; the pooled ridge head",
+    references: list[
+        Literal["local_only", "centralised", "ridge", "fine_tuned", "best_client", "from_scratch"]
+    ] = Field(
+        ["local_only", "centralised", "fine_tuned"],
+        description="each client alone; the pooled optimum; the pooled ridge head; the shared head "
+        "tuned by each client for itself; the best of the clients' own heads; the whole network "
+        "trained on everybody's images from random weights",
+    )
+    fine_tune_epochs: Count = Field(5, description="of the reference fine_tuned")
+    scratch_epochs: Count | None = Field(
+        None, description="of the reference from_scratch; default rounds x local_epochs"
     )
     every: Count = Field(1, description="rounds between evaluations; the last is always judged")
     fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
@@ -185,6 +260,31 @@ class Evaluation(Section):
     )
     everyone_examples: Count = Field(
         10_000, description="at most this many test examples stand for everybody's (seeded)"
+    )
+
+
+class Verdict(Section):
+    """When a difference between two heads counts."""
+
+    level: OpenFraction = Field(
+        0.05, description="chance of any wrong 'gains' or 'harmed' over all clients (Holm)"
+    )
+    margin: NonNegative = Field(
+        0.01, description="a smaller difference in accuracy is no gain, however certain"
+    )
+    test: Literal["mcnemar", "bootstrap"] = Field(
+        "mcnemar", description="of paired answers to the same test examples"
+    )
+    draws: Annotated[int, Field(ge=200, le=100_000)] = Field(
+        2000, description="bootstrap: resamples, also of the intervals"
+    )
+
+
+class Report(Section):
+    """What the page shows beyond figures. No part of the answer."""
+
+    examples: Annotated[int, Field(ge=0, le=20)] = Field(
+        0, description="example images of each client on the page; 0 shows none"
     )
 
 
@@ -218,6 +318,10 @@ class Engine(Section):
     join_seconds: Positive = Field(300.0, description="real clients: how long to wait for them")
 
 
+PATHS = (("data", "path"), ("clients", "split_file"), ("backbone", "weights"))
+"""Keys that may hold paths."""
+
+
 class Scenario(Section):
     """One complete question to fedtl."""
 
@@ -226,6 +330,8 @@ class Scenario(Section):
     rounds: Count = 20
     data: Data = Data()
     clients: Clients = Clients()
+    shift: Shift = Shift()
+    adaptation: Adaptation = Adaptation()
     backbone: Backbone = Backbone()
     head: Head = Head()
     training: Training = Training()
@@ -235,16 +341,18 @@ class Scenario(Section):
     participation: Participation = Participation()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
+    verdict: Verdict = Verdict()
+    report: Report = Report()
     engine: Engine = Engine()
 
     def canonical(self) -> dict[str, Any]:
-        """What decides the answer: all but the engine; paths by their last name only.
+        """What decides the answer: all but engine and report; paths by their last name only.
 
         The same scenario on another machine, in another folder or on another engine has the same
         canonical form; the data's and weights' contents have hashes of their own.
         """
-        content = self.model_dump(mode="json", exclude={"engine"})
-        for table, entry in (("data", "path"), ("backbone", "weights")):
+        content = self.model_dump(mode="json", exclude={"engine", "report"})
+        for table, entry in PATHS:
             if content[table][entry] is not None:
                 content[table][entry] = Path(content[table][entry]).name
         return content

@@ -22,9 +22,10 @@ FLOORS = (
     {"planning", "rounds", "checkpoints"},
     {"build"},
     {"conduct"},
-    {"forecast", "run", "check", "choices", "doctor", "terminal", "listings"},
-    {"deployment", "parity"},
-    {"cli", "server_commands", "client_commands"},
+    {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
+    {"check", "split", "gap", "lodo", "report"},
+    {"deployment", "parity", "api"},
+    {"cli", "server_commands", "client_commands", "study_commands", "options"},
 )
 """Rooms by floor, lowest first; a room imports from its own floor and from below."""
 
@@ -33,8 +34,18 @@ LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 ONLY_IN = {
     "flwr": ("engines/flower", "strategies/flower", "data/flwr"),
     "ray": ("engines/ray",),
-    "rich": ("terminal", "listings", "cli", "check", "server_commands", "client_commands"),
-    "typer": ("cli", "server_commands", "client_commands"),
+    "rich": (
+        "terminal",
+        "listings",
+        "check",
+        "split",
+        "gap",
+        "lodo",
+        "cli",
+        "server_commands",
+        "client_commands",
+    ),
+    "typer": ("cli", "server_commands", "client_commands", "study_commands", "options"),
 }
 """Where a package may be imported at all; flwr_datasets counts as flwr."""
 

@@ -453,8 +453,8 @@ def simulate(tmp_path: Path) -> Callable[..., Any]:
     """The same scenario in one process, with the participation of a real run."""
     from fedtl.interrupts import Interrupts
     from fedtl.parity import Quiet
-    from fedtl.run import run_scenario
     from fedtl.scenario.load import load_scenario, validate
+    from fedtl.simulation import run_scenario
 
     def run(server: Server, rounds: int, **participation: Any) -> dict[str, Any]:
         scenario = server.run.parent / f"{server.run.name}.toml"

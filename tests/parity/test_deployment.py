@@ -20,8 +20,8 @@ import pytest
 
 from fedtl.interrupts import Interrupts
 from fedtl.parity import Quiet
-from fedtl.run import run_scenario
 from fedtl.scenario.load import load_scenario, validate
+from fedtl.simulation import run_scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER, CLIENT = str(ROOT / "server.py"), str(ROOT / "client.py")

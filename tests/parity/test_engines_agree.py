@@ -24,9 +24,9 @@ from fedtl.parity import COMPARED, Quiet, certify, ways
 from fedtl.planning import local_training
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import run_rounds
-from fedtl.run import run_scenario
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
+from fedtl.simulation import run_scenario
 from fedtl.strategies.base import ServerState, personal_of
 
 pytestmark = [  # Ray leaves sockets and its own dead children to the garbage collector
