@@ -54,11 +54,7 @@ def split_clients(
     """
     num = len(assignment.names)
     held = np.bincount(assignment.client, minlength=num)
-    if examples.is_test is not None:
-        is_test = examples.is_test
-    else:
-        keys = seeding.named_keys(seed, "split", assignment.names)
-        is_test = stratified_test(assignment.client, keys, examples.labels, test_fraction)
+    is_test = test_rows(assignment, examples, test_fraction, seed)
     trains = np.bincount(assignment.client[~is_test], minlength=num)
     stays = (held >= clients.min_examples) & (trains > 0)
     if not stays.any():
@@ -87,6 +83,14 @@ def split_clients(
         domains=tuple(assignment.domains[k] for k in kept),
         excluded=tuple((assignment.names[k], int(held[k])) for k in excluded),
     )
+
+
+def test_rows(assignment: Assignment, examples: Examples, test_fraction: float, seed: int) -> Mask:
+    """Which rows are for testing, bool [N]: as the data say, else drawn for each client."""
+    if examples.is_test is not None:
+        return examples.is_test
+    keys = seeding.named_keys(seed, "split", assignment.names)
+    return stratified_test(assignment.client, keys, examples.labels, test_fraction)
 
 
 def stratified_test(client: Int32, keys: UInt64, labels: Int32, test_fraction: float) -> Mask:

@@ -67,6 +67,8 @@ class Examples:
         clients: natural clients, int32 [N] into ``client_names``, or None.
         is_test: the split that came with the data, bool [N], or None.
         notes: what the loader left out, one line each, to be shown to the user.
+        dealt: hex BLAKE2b over what is not in the fingerprint, since the features do not depend on
+            it: clients by a pattern, a split file, permuted labels; "" where nothing is.
     """
 
     labels: Int32
@@ -80,6 +82,7 @@ class Examples:
     client_names: tuple[str, ...] = ()
     is_test: npt.NDArray[np.bool_] | None = None
     notes: tuple[str, ...] = ()
+    dealt: str = ""
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.features is None):
@@ -92,6 +95,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def identity(self) -> str:
+        """Hex hash of all that decides a run: the fingerprint, and what is ``dealt`` beside it."""
+        return content_hash(self.fingerprint, self.dealt) if self.dealt else self.fingerprint
 
     def where(self, i: int) -> str:
         """Example ``i`` for messages."""
@@ -153,11 +161,11 @@ class ArrayImages:
         return f"row {i}"
 
 
+Part = bytes | npt.NDArray[np.generic] | Sequence[str] | None
+
+
 def content_fingerprint(
-    content: bytes,
-    labels: Int32,
-    classes: Sequence[str],
-    *columns: npt.NDArray[np.generic] | Sequence[str] | None,
+    content: bytes, labels: Int32, classes: Sequence[str], *columns: Part
 ) -> str:
     """Hex BLAKE2b-256 that stands for a whole source: the feature store is keyed by it.
 
@@ -167,10 +175,17 @@ def content_fingerprint(
         classes: class names.
         columns: domains, domain names, clients, client names, split, in that order.
     """
+    return content_hash(content, labels, classes, *columns)
+
+
+def content_hash(*parts: Part | str) -> str:
+    """Hex BLAKE2b-256 over any of bytes, arrays, names and texts; each part counts by itself."""
     digest = hashlib.blake2b(digest_size=32, person=b"fedtl-examples")
-    for part in (content, labels, classes, *columns):
+    for part in parts:
         if part is None:
             data = b"none"
+        elif isinstance(part, str):
+            data = b"text" + part.encode("utf-8", "surrogateescape")
         elif isinstance(part, bytes):
             data = part
         elif isinstance(part, np.ndarray):

@@ -60,6 +60,19 @@ def open_files(path: Path) -> Files:
     return ZipFiles(path)
 
 
+def unwrapped(files: Files, extensions: tuple[str, ...], depth: int) -> Files:
+    """An archive whose images all lie one folder too deep, as that one folder.
+
+    Who packs a folder often packs the folder itself. ``depth``: folders that an image lies in.
+    """
+    paths = [path for path in files.paths if path.lower().endswith(extensions)]
+    tops = {path.partition("/")[0] for path in paths}
+    deeper = all(path.count("/") == depth + 1 for path in paths)
+    if not isinstance(files, ZipFiles) or len(tops) != 1 or not deeper:
+        return files
+    return InnerFiles(files, tops.pop() + "/")
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is not the user's data (dot files, what macOS adds to archives)."""
     return name.startswith(".") or name == "__MACOSX"
@@ -173,3 +186,18 @@ class ZipFiles:
                 return self._archive.read(path)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise OSError(errno.EIO, f"damaged member: {error}") from error
+
+
+class InnerFiles:
+    """The files below one folder of others."""
+
+    def __init__(self, files: Files, top: str) -> None:
+        self.root, self._files, self._top = files.root, files, top
+        within = (path for path in files.paths if path.startswith(top))
+        self.paths = tuple(path.removeprefix(top) for path in within)
+        within = (folder for folder in files.folders if folder.startswith(top))
+        self.folders = tuple(folder.removeprefix(top) for folder in within)
+
+    def read(self, path: str) -> bytes:
+        """All bytes of one file."""
+        return self._files.read(self._top + path)

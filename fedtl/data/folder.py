@@ -15,11 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtl.data.examples import BadFiles, Examples, content_fingerprint, data_problems
-from fedtl.data.files import Files, open_files
+from fedtl.data.examples import (
+    BadFiles,
+    Examples,
+    content_fingerprint,
+    content_hash,
+    data_problems,
+)
+from fedtl.data.files import Files, open_files, unwrapped
 from fedtl.data.images import EXTENSIONS, FileImages
 from fedtl.errors import InputError, printable
 from fedtl.scenario.schema import Data
+from fedtl.types import Int32
 
 TYPO_RATIO = 0.83
 """difflib's similarity of a slip in six letters; of horse and house it is 0.8."""
@@ -29,7 +36,9 @@ def load_folder(data: Data, *, one_client: bool = False) -> Examples:
     """Images in class folders; files are sorted by path, classes are the union over domains.
 
     Hidden files are passed over, files without a known image extension too, but they are counted
-    in the notes. The fingerprint is over the bytes of every image and its path.
+    in the notes. The fingerprint is over the bytes of every image and its path. ``data.classes``
+    says whether folders of one name in several domains are one class or several; what
+    ``data.client_pattern`` finds in each path is its client.
     ``one_client``: a single class will do, others may have more.
 
     Raises:
@@ -38,11 +47,11 @@ def load_folder(data: Data, *, one_client: bool = False) -> Examples:
     """
     if data.path is None:
         raise InputError("missing", where="data.path", do="Name the folder of class folders")
-    files = open_files(Path(data.path))
+    files = unwrapped(open_files(Path(data.path)), EXTENSIONS, 2 if data.domains else 1)
     paths = [path for path in files.paths if path.lower().endswith(EXTENSIONS)]
     others = len(files.paths) - len(paths)
     paths.sort(key=lambda path: (unicodedata.normalize("NFC", path), path))
-    problems = layout_problems(paths, files.folders, data.domains, one_client)
+    problems = layout_problems(paths, files.folders, data, one_client)
     if problems:
         raise data_problems(str(files.root), problems)
     digests, unreadable = hash_files(files.read, paths)
@@ -73,15 +82,16 @@ def build_examples(
             got="; ".join(printable(path) for path in stray[:5]),
             do="Rename them",
         )
-    folders = [unicodedata.normalize("NFC", path).split("/")[:-1] for path in paths]
-    classes = tuple(sorted({parts[-1] for parts in folders}))
-    label_of = {name: i for i, name in enumerate(classes)}
-    labels = np.array([label_of[parts[-1]] for parts in folders], dtype=np.int32)
+    names = [unicodedata.normalize("NFC", path) for path in paths]
+    folders = [name.rpartition("/")[0] for name in names]
+    labels, classes = numbered([class_of(folder, data) for folder in folders])
     domains, domain_names = None, tuple[str, ...]()
     if data.domains:
-        domain_names = tuple(sorted({parts[0] for parts in folders}))
-        domain_of = {name: i for i, name in enumerate(domain_names)}
-        domains = np.array([domain_of[parts[0]] for parts in folders], dtype=np.int32)
+        domains, domain_names = numbered([folder.partition("/")[0] for folder in folders])
+    clients, client_names, dealt = None, tuple[str, ...](), ""
+    if data.client_pattern is not None:
+        clients, client_names = numbered(clients_of(names, data.client_pattern))
+        dealt = content_hash("pattern", clients, client_names)
     fingerprint = content_fingerprint(digests, labels, classes, domains, domain_names)
     images = FileImages(files, paths, data.max_pixels)
     return Examples(
@@ -91,8 +101,42 @@ def build_examples(
         images,
         domains=domains,
         domain_names=domain_names,
+        clients=clients,
+        client_names=client_names,
         notes=notes,
+        dealt=dealt,
     )
+
+
+def numbered(values: Sequence[str]) -> tuple[Int32, tuple[str, ...]]:
+    """Each value's place, int32 [n], among the distinct ones, which are sorted."""
+    names = tuple(sorted(set(values)))
+    place = {name: i for i, name in enumerate(names)}
+    return np.array([place[value] for value in values], dtype=np.int32), names
+
+
+def class_of(folder: str, data: Data) -> str:
+    """The class of the images in a folder, from its path inside the data folder."""
+    return folder if data.classes == "path" else folder.rpartition("/")[2]
+
+
+def clients_of(paths: Sequence[str], pattern: str) -> list[str]:
+    """Whose each image is: what the groups of the pattern hold in its path, joined with "-".
+
+    Raises:
+        InputError: a path in which the pattern is not found, or only without its groups.
+    """
+    search = re.compile(pattern).search
+    found = [search(path) for path in paths]
+    names = ["-".join(group or "" for group in match.groups()) if match else "" for match in found]
+    if astray := [path for path, name in zip(paths, names, strict=True) if not name.strip("-")]:
+        raise InputError(
+            f"finds no client in {len(astray)} of {len(paths)} paths",
+            where="data.client_pattern",
+            got=f"{pattern!r}; e.g. {_some(astray)}",
+            do=r"Its group must match in every path, e.g. _(\d+)\.png$",
+        )
+    return names
 
 
 def hash_files(read: Callable[[str], bytes], paths: Sequence[str]) -> tuple[bytes, dict[str, str]]:
@@ -118,9 +162,10 @@ def hash_files(read: Callable[[str], bytes], paths: Sequence[str]) -> tuple[byte
 
 
 def layout_problems(
-    paths: Sequence[str], folders: Iterable[str], with_domains: bool, one_client: bool = False
+    paths: Sequence[str], folders: Iterable[str], data: Data, one_client: bool = False
 ) -> list[str]:
     """Everything wrong with where the images lie; empty where all is well."""
+    with_domains = data.domains
     depth = 2 if with_domains else 1
     form = "<domain>/<class>/<image>" if with_domains else "<class>/<image>"
     if not paths:
@@ -145,13 +190,14 @@ def layout_problems(
     held: dict[str, set[str]] = defaultdict(set)
     for folder in sorted(used):
         if folder.count("/") == depth - 1:
-            held[folder.rpartition("/")[2]].add(folder.rpartition("/")[0])
+            held[class_of(folder, data)].add(folder.rpartition("/")[0])
     if len(held) < 2 and not one_client:
         problems.append(f"only one class ({_some(held)}); a classifier needs two")
     problems += clashes("class", held)
     if with_domains:
         problems += clashes("domain", {folder.partition("/")[0] for folder in used})
-        problems += typos(held)
+        if data.classes == "folder":
+            problems += typos(held)
     return problems
 
 

@@ -1,12 +1,13 @@
 """Which client holds which example: the partitions of a simulated federation.
 
-Every partition is built so that each example goes to exactly one client and so that it ends: there
-is no rejection loop. A request that cannot be met is refused with the nearest one that can.
+Every partition is built so that each example goes to exactly one client and so that it ends. A
+request that cannot be met is refused with the nearest one that can. Rules with skewed labels or
+amounts are in ``skews``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,16 @@ import numpy.typing as npt
 from fedtl import seeding
 from fedtl.data.examples import Examples
 from fedtl.data.flwr_partitions import assign_flwr_datasets
+from fedtl.data.skews import (
+    deal_dirichlet,
+    deal_dirichlet_capacity,
+    deal_label_quantity,
+    deal_quantity,
+    rows_of_classes,
+)
 from fedtl.errors import InputError, unknown_name
 from fedtl.scenario.schema import Clients
-from fedtl.types import Float64, Int32, Int64
+from fedtl.types import Int32, Int64
 
 DEFAULT_CLIENTS = 10
 MIXED = "mixed"
@@ -41,47 +49,11 @@ Rule = Callable[[Int32, int, Clients, np.random.Generator], Int64]
 """(labels [n], num, options, generator) -> client id in [0, num) of every row, int64 [n]."""
 
 
-MAX_EXPONENT = 1e6
-"""Beyond it one client holds all that is not given to everybody; larger numbers only overflow."""
-
-
 def deal_iid(labels: Int32, num: int, clients: Clients, generator: np.random.Generator) -> Int64:
     """Rows dealt at random; sizes differ by one at most."""
     client = np.empty(len(labels), dtype=np.int64)
     client[generator.permutation(len(labels))] = np.arange(len(labels)) % num
     return client
-
-
-def deal_dirichlet(
-    labels: Int32, num: int, clients: Clients, generator: np.random.Generator
-) -> Int64:
-    """Each class is shared out by p ~ Dirichlet(alpha, ..., alpha) over the clients.
-
-    Hsu, Qi and Brown 2019 (arXiv:1909.06335) draw p per client over classes; like most code since
-    (Yurochkin et al. 2019) this draws per class over clients, so client sizes are skewed, too.
-    Rows are allotted systematically with a random start: a client's expected count is exactly
-    p * n_c, and it is never off by more than one.
-    """
-    client = np.empty(len(labels), dtype=np.int64)
-    for rows in rows_of_classes(labels, generator):
-        upper = np.cumsum(dirichlet_shares(clients.alpha, num, generator))
-        places = (np.arange(len(rows)) + generator.random()) / len(rows)
-        client[rows] = np.minimum(np.searchsorted(upper, places, side="right"), num - 1)
-    return client
-
-
-def dirichlet_shares(alpha: float, num: int, generator: np.random.Generator) -> Float64:
-    """One draw of a symmetric Dirichlet, [num], also for an alpha near zero.
-
-    A gamma draw with shape 0.01 underflows to zero for all but a few clients, for all of them when
-    they are few: 0 / 0. Its logarithm does not: log G(a) = log G(a + 1) + log(U) / a.
-    """
-    alpha = min(max(alpha, 1e-12), 1e12)  # beyond, floats cannot tell it from the limit
-    logs = np.log(generator.standard_gamma(alpha + 1.0, num))
-    logs += np.log1p(-generator.random(num)) / alpha
-    shares: Float64 = np.exp(logs - logs.max())
-    shares /= shares.sum()
-    return shares
 
 
 def deal_shards(labels: Int32, num: int, clients: Clients, generator: np.random.Generator) -> Int64:
@@ -125,35 +97,6 @@ def deal_distinct(kinds: Int32, num: int, generator: np.random.Generator) -> Int
         order[count:] = generator.permutation(order[count:])
         owner[start : start + num] = order
     return owner
-
-
-def deal_quantity(
-    labels: Int32, num: int, clients: Clients, generator: np.random.Generator
-) -> Int64:
-    """Client sizes follow a log-normal or a Zipf law, labels are IID; nobody gets nothing."""
-    if clients.quantity == "lognormal":
-        logs = min(clients.sigma, MAX_EXPONENT) * generator.standard_normal(num)
-    else:
-        logs = -min(clients.exponent, MAX_EXPONENT) * np.log(np.arange(1, num + 1))
-    shares = np.exp(logs - logs.max())
-    edges = np.rint(np.cumsum(shares / shares.sum()) * (len(labels) - num)).astype(np.int64)
-    sizes = 1 + np.diff(edges, prepend=0)
-    client = np.empty(len(labels), dtype=np.int64)
-    client[generator.permutation(len(labels))] = np.repeat(np.arange(num), sizes)
-    return client
-
-
-def rows_of_classes(
-    labels: Int32, generator: np.random.Generator, shuffle_classes: bool = False
-) -> Iterator[Int64]:
-    """The rows of each class that occurs, in random order within the class."""
-    rows = generator.permutation(len(labels))
-    rows = rows[np.argsort(labels[rows], kind="stable")]
-    cuts = np.flatnonzero(np.diff(labels[rows])) + 1
-    groups = np.split(rows, cuts)
-    order = generator.permutation(len(groups)) if shuffle_classes else np.arange(len(groups))
-    for i in order:
-        yield groups[i]
 
 
 def assign_by_rule(rule: Rule, examples: Examples, clients: Clients, seed: int) -> Assignment:
@@ -225,19 +168,21 @@ def assign_domain(examples: Examples, clients: Clients, seed: int) -> Assignment
 
 
 def assign_natural(examples: Examples, clients: Clients, seed: int) -> Assignment:
-    """The clients that came with the data."""
+    """The clients that came with the data, or that a split file named (see ``split_files``)."""
     if examples.clients is None:
         raise InputError(
             "these data do not say whose each example is",
             where="clients.partition",
             got="'natural'",
             allowed="iid, dirichlet, shards, quantity, domain",
-            do="Give the file a column named 'client' to use it",
+            do="Give the file a column named 'client', or set data.client_pattern for a folder",
         )
     present, client = np.unique(examples.clients, return_inverse=True)
-    if clients.num not in (None, len(present)):
+    # A split file does not know of clients that hold nothing.
+    fits = clients.num is None or (len(present) <= clients.num and clients.partition == "file")
+    if not fits and clients.num != len(present):
         raise InputError(
-            "the data have another number of natural clients",
+            "another number of clients than the data or the split file have",
             where="clients.num",
             got=clients.num,
             allowed=f"{len(present)}, or leave it out",
@@ -287,10 +232,13 @@ def _by(rule: Rule) -> Callable[[Examples, Clients, int], Assignment]:
 PARTITIONS: Mapping[str, Callable[[Examples, Clients, int], Assignment]] = {
     "iid": _by(deal_iid),
     "dirichlet": _by(deal_dirichlet),
+    "dirichlet_capacity": _by(deal_dirichlet_capacity),
+    "label_quantity": _by(deal_label_quantity),
     "shards": _by(deal_shards),
     "quantity": _by(deal_quantity),
     "domain": assign_domain,
     "natural": assign_natural,
+    "file": assign_natural,
     "flwr_datasets": assign_flwr,
 }
 

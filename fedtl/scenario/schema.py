@@ -44,9 +44,14 @@ class Data(Section):
         "train", description="which official part of a torchvision data set is federated"
     )
     domains: bool = Field(False, description="folder: <domain>/<class>/<image> on disk")
-    client_pattern: str | None = Field(
+    classes: Literal["folder", "path"] = Field(
+        "folder",
+        description="folder with domains: one class for all folders of a name, or (path) for each "
+        "<domain>/<class>, as where character01 of two alphabets are two characters",
+    )
+    client_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
         None,
-        description="folder: regular expression whose group names the client in a file's path, "
+        description="folder: regular expression whose groups name the client in a file's path, "
         r"e.g. _(\d+)\.png$ for Omniglot's drawers",
     )
     test_fraction: OpenFraction = Field(

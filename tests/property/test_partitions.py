@@ -13,7 +13,16 @@ from fedtl.data.partitions import assign_clients
 from fedtl.errors import InputError
 from fedtl.scenario.schema import Clients
 
-OWN = ("iid", "dirichlet", "shards", "quantity", "domain", "natural")
+OWN = (
+    "iid",
+    "dirichlet",
+    "dirichlet_capacity",
+    "label_quantity",
+    "shards",
+    "quantity",
+    "domain",
+    "natural",
+)
 
 
 @st.composite
@@ -40,7 +49,7 @@ requests = st.builds(
     partition=st.sampled_from(OWN),
     num=st.none() | st.integers(1, 130),
     within_domains=st.booleans(),
-    alpha=st.sampled_from([1e-8, 0.01, 0.5, 1e6]),
+    alpha=st.sampled_from([1e-8, 0.01, 0.5, 1e6, float("inf")]),
     shards_per_client=st.integers(1, 4),
     quantity=st.sampled_from(["lognormal", "zipf"]),
     sigma=st.sampled_from([0.0, 1.0, 30.0]),
@@ -72,6 +81,8 @@ def test_exact_cover_or_a_refusal_that_says_what_would_do(
     held = np.bincount(assignment.client, minlength=num)
     if clients.partition != "dirichlet":
         assert held.min() >= 1
+    if clients.partition == "dirichlet_capacity":
+        assert held.min() >= clients.min_examples
     if clients.partition == "domain" or (clients.within_domains and clients.partition != "natural"):
         names = np.array(examples.domain_names)[examples.domains]
         assert (np.array(assignment.domains)[assignment.client] == names).all()
@@ -114,7 +125,7 @@ def balanced(size: Any = 6000, classes: Any = 10) -> Examples:
     )
 
 
-@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards", "quantity"])
+@pytest.mark.parametrize("partition", [name for name in OWN if name not in ("domain", "natural")])
 @pytest.mark.parametrize("within", [False, True])
 def test_another_seed_gives_another_partition(partition: str, within: bool) -> None:
     clients = Clients(partition=partition, within_domains=within)

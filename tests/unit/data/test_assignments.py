@@ -13,8 +13,8 @@ from fedtl.data.partitions import (
     assign_clients,
     deal_distinct,
     deal_iid,
-    dirichlet_shares,
 )
+from fedtl.data.skews import dirichlet_shares
 from fedtl.errors import InputError
 from fedtl.scenario.schema import Clients
 

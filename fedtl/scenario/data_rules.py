@@ -1,0 +1,140 @@
+"""Combinations of keys about data and clients that cannot work together, each with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from fedtl.errors import Problem
+from fedtl.scenario.schema import Scenario
+
+
+def source(scenario: Scenario) -> Iterator[Problem]:
+    """Which keys go with which source."""
+    data = scenario.data
+    if data.source in ("folder", "arrays") and data.path is None:
+        what = "a folder of images" if data.source == "folder" else "an .npz or .csv file"
+        yield Problem("data.path", f'source "{data.source}" needs {what}', None, "a path")
+    if data.source == "digits" and data.path is not None:
+        yield Problem(
+            "data.path",
+            'source "digits" is embedded and reads no path',
+            repr(data.path),
+            do='Remove it, or set data.source = "folder" or "arrays"',
+        )
+    if data.source == "torchvision" and data.name is None:
+        yield Problem("data.name", 'source "torchvision" needs a data set', None, 'e.g. "CIFAR10"')
+    if data.source != "torchvision" and data.name is not None:
+        yield Problem(
+            "data.name",
+            f'source "{data.source}" has no named sets',
+            repr(data.name),
+            do='Remove it, or set data.source = "torchvision"',
+        )
+    if data.domains and data.source != "folder":
+        yield Problem(
+            "data.domains",
+            f'only source "folder" has a domain level, not "{data.source}"',
+            "true",
+            do="Remove it: arrays carry a `domain` column, digits have domains of their own",
+        )
+
+
+def partition(scenario: Scenario) -> Iterator[Problem]:
+    """Which partitions these data can have."""
+    clients, data = scenario.clients, scenario.data
+    wants_domains = clients.partition == "domain" or clients.within_domains
+    if wants_domains and (
+        data.source == "torchvision" or (data.source == "folder" and not data.domains)
+    ):
+        yield Problem(
+            "clients.partition",
+            f'a split by domain needs domains, and source "{data.source}" has none here',
+            do="Set data.domains = true for a <domain>/<class>/<image> folder",
+        )
+    if clients.partition == "natural" and data.source != "arrays" and not data.client_pattern:
+        yield Problem(
+            "clients.partition",
+            f'"natural" needs to know whose each example is, and source "{data.source}" does not',
+            do='Use data.source = "arrays" with `client`, data.client_pattern for a folder, '
+            "or another partition",
+        )
+    if clients.within_domains and clients.partition in ("natural", "file", "flwr_datasets"):
+        yield Problem(
+            "clients.within_domains",
+            f'"{clients.partition}" decides itself who holds what',
+            "true",
+            "false",
+        )
+    if (clients.partition == "flwr_datasets") != (clients.partitioner is not None):
+        yield Problem(
+            "clients.partitioner",
+            'goes with partition "flwr_datasets", and with no other',
+            repr(clients.partitioner),
+            do='e.g. partition = "flwr_datasets", partitioner = "LinearPartitioner"',
+        )
+    if (clients.partition == "file") != (clients.split_file is not None):
+        yield Problem(
+            "clients.split_file",
+            'goes with partition "file", and with no other',
+            repr(clients.split_file),
+            do="Write one with 'fedtl split SCENARIO --write FILE'",
+        )
+
+
+def folder(scenario: Scenario) -> Iterator[Problem]:
+    """What is read off the paths of a folder's images."""
+    data = scenario.data
+    if data.classes == "path" and not data.domains:
+        yield Problem(
+            "data.classes",
+            '"path" tells classes of one name in several domains apart, and there are no domains',
+            '"path"',
+            '"folder", or data.domains = true',
+        )
+    if data.client_pattern is None:
+        return
+    if data.source != "folder":
+        yield Problem(
+            "data.client_pattern",
+            f'is looked for in paths of files, and source "{data.source}" has none',
+            repr(data.client_pattern),
+        )
+    try:
+        groups = re.compile(data.client_pattern).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        yield Problem(
+            "data.client_pattern", f"no regular expression: {error}", repr(data.client_pattern)
+        )
+    else:
+        if not groups:
+            yield Problem(
+                "data.client_pattern",
+                "has no group for the client's name",
+                repr(data.client_pattern),
+                r"e.g. _(\d+)\.png$",
+            )
+
+
+def shift(scenario: Scenario) -> Iterator[Problem]:
+    """What can be shifted."""
+    shift = scenario.shift
+    if len(set(shift.kinds)) < len(shift.kinds):
+        yield Problem("shift.kinds", "names one twice", repr(shift.kinds))
+    if shift.kinds and scenario.backbone.name == "identity":
+        yield Problem(
+            "shift.kinds",
+            'shifts are made to images, and backbone "identity" takes ready features',
+            repr(shift.kinds),
+            "[], or a pretrained backbone over images",
+        )
+    if (shift.kinds or shift.concept_fraction) and scenario.data.on_bad_file == "skip":
+        yield Problem(
+            "data.on_bad_file",
+            "who is shifted and how follows from who holds what, which skipped images would change",
+            '"skip"',
+            '"stop"',
+        )
+
+
+DATA_RULES = (source, partition, folder, shift)
