@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtl.options import AsJson, Overrides, ScenarioName, console_for
+from fedtl.options import AsJson, Overrides, ScenarioName, again, console_for
 
 app = typer.Typer(no_args_is_help=True, help="Run a federation of real clients.")
 
@@ -119,6 +119,37 @@ def run(
         summary = run_deployed(chosen, out or new_run_path(chosen), deployment)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
+
+
+@app.command()
+def gap(
+    scenario: ScenarioName,
+    overrides: Overrides = None,
+    least: Least = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Keep the figures as JSON.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page.")
+    ] = None,
+    folder: Folder = FOLDER,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far the approved clients lie apart, from sums they make at home; train nothing."""
+    from fedtl.deployment.federation import Federation
+    from fedtl.deployment.gaps import gap_deployed
+    from fedtl.interrupts import Interrupts
+    from fedtl.scenario.load import load_scenario
+    from fedtl.terminal import Terminal
+
+    chosen = load_scenario(scenario, overrides or (), engine="flower")
+    command = again(scenario, overrides)
+    with Interrupts() as interrupts, Terminal(console_for(as_json)) as terminal:
+        facts = gap_deployed(
+            chosen, command, Federation(folder), least, terminal, interrupts, html=html, out=out
+        )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
 
 
 @app.command()
