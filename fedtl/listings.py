@@ -96,3 +96,57 @@ def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> Non
         table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
         table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))
     console.print(table)
+
+
+def print_runs_compared(console: Console, facts: Mapping[str, Any]) -> None:
+    """``fedtl compare``: the runs, what they differ in, and which differences are certain."""
+    table = plain_table("run", "strategy", "seeds", "rounds", "own tests", "worst 10 %", "all")
+    for run in facts["runs"]:
+        rounds = sorted(set(run["rounds"]))
+        mark = " (interrupted)" if run["interrupted"] else ""
+        table.add_row(
+            shown(run["name"]),
+            shown(str(run["strategy"])),
+            str(len(run["seeds"])),
+            "-".join(map(str, rounds[:1] + rounds[1:][-1:])) + mark,
+            *(percent(run[key]) for key in ("home", "worst_decile", "everywhere")),
+        )
+    console.print(table)
+    if facts["differences"]:
+        console.print("\n[bold]They differ in[/]")
+    for one in facts["differences"]:
+        values = ", ".join("unset" if v is None else str(v) for v in one["values"])
+        console.print(f"  {shown(one['key'])}: {shown(values)}", soft_wrap=True)
+    console.print()
+    table = plain_table("pair", "by", "own tests", "interval", "p (Holm)", "all", "p (Holm)")
+    for pair in facts["pairs"]:
+        count = "+".join(map(str, pair["n"])) if isinstance(pair["n"], list) else pair["n"]
+        home, everywhere = pair["home"], pair["everywhere"]
+        ends = home["interval"]
+        table.add_row(
+            f"{shown(pair['b'])} - {shown(pair['a'])}",
+            f"{count} {pair['unit']}" + ("" if pair["paired"] else ", unpaired"),
+            _points(home["difference"]),
+            "-" if ends is None else f"{_points(ends[0])} to {_points(ends[1])}",
+            _p_value(home["p_holm"]),
+            _points(everywhere["difference"]),
+            _p_value(everywhere["p_holm"]),
+        )
+    console.print(table)
+    for pair in facts["pairs"]:
+        console.print(
+            f"[bold]{shown(pair['b'])} and {shown(pair['a'])}[/]: {shown(pair['says'])}",
+            soft_wrap=True,
+        )
+    for note in facts["notes"]:
+        console.print(f"[yellow]note[/] {shown(note)}", soft_wrap=True)
+
+
+def _points(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.1f}"
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.numpy import save
 
 from fedtl.errors import EnvironmentFault, InputError, writing
@@ -136,14 +138,21 @@ class RunFolder:
         with writing("events.jsonl", self.path), open(self.path / "events.jsonl", "a") as file:
             file.write(line + "\n")
 
-    def write_tables(self, complete: Complete = lambda batch: batch) -> None:
+    def write_tables(
+        self, complete: Complete = lambda batch: batch, classes: pa.Table | None = None
+    ) -> None:
         """``rounds.parquet`` and ``clients.parquet`` from all records so far.
 
         Args:
             complete: fills in the columns of ``clients`` that were not known before.
+            classes: what becomes ``classes.parquet``, at the end of a run.
         """
         self.rounds.write_parquet(self.path / "rounds.parquet")
         self.clients.write_parquet(self.path / "clients.parquet", complete)
+        if classes is not None:
+            content = pa.BufferOutputStream()
+            pq.write_table(classes, content)
+            write_atomic(self.path / "classes.parquet", content.getvalue().to_pybytes())
 
     def write_head(
         self, head: Mapping[str, np.ndarray[Any, Any]], facts: Mapping[str, str]

@@ -1,0 +1,189 @@
+"""What left the clients, what it cost, what to beware of, and how to make the run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtl.results.tables import RunTables, number
+from fedtl.scenario.compatibility import CLOSED_FORMS
+from fedtl.scenario.schema import PATHS
+
+SENT = {
+    "statistics": "sums over its examples' features, class by class (how many, their sum, and for "
+    "some methods the sums of their products), once",
+    "gradient": "the gradient of its loss: one number for each weight of the head",
+    "train": "a trained head: one number for each weight, how many examples it was trained on, "
+    "and the mean loss",
+}
+"""What a client sends, by the task of a round."""
+
+RARE = 5
+"""Reasons for unused answers that are shown; all are in clients.parquet."""
+
+
+def bytes_text(count: Any) -> str:
+    """Bytes in a unit that reads well."""
+    found = number(count)
+    if found is None:
+        return "undefined"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if found < 1024 or unit == "GiB":
+            return f"{found:,.0f} {unit}" if unit == "bytes" else f"{found:,.1f} {unit}"
+        found /= 1024
+    raise AssertionError("unreachable")
+
+
+def privacy(run: RunTables) -> dict[str, Any]:
+    """What left each client, in kind and amount, and what protects it."""
+    strategy = run.scenario.get("strategy", {}).get("name", "fedavg")
+    task = "train"
+    if strategy in CLOSED_FORMS:
+        task = "statistics"
+    elif strategy == "lbfgs":
+        task = "gradient"
+    sent = [SENT[task]]
+    if run.scenario.get("head", {}).get("initial") == "fed3r":
+        sent.append("in the first round, sums of its features")
+    up = number(run.rounds["bytes_up"].sum(min_count=1))
+    answers = number(run.rounds["accepted"].sum(min_count=1))
+    used = run.training["used"]
+    each = None if up is None or not answers else up / answers
+    epsilon = number((run.summary or {}).get("epsilon"))
+    protected = (
+        f"Differential privacy: epsilon = {epsilon:g}. The smaller, the less the model can tell "
+        "about any single example."
+        if epsilon is not None
+        else "No differential privacy: nothing limits what the model and the messages may reveal "
+        "about single examples (epsilon is not bounded)."
+    )
+    return {
+        "sent": sent,
+        "per_answer": bytes_text(each),
+        "per_client": None
+        if each is None or not len(used)
+        else (bytes_text(each * used.min()), bytes_text(each * used.max())),
+        "protected": protected,
+        "server": "The server could see every client's messages one by one: they were not summed "
+        "under encryption.",
+        "stayed": "Images, features and labels of single examples stayed with the clients."
+        if run.real
+        else "This was a simulation: all data lay on one machine. With real clients images, "
+        "features and labels of single examples stay where they are.",
+    }
+
+
+def cost(run: RunTables) -> list[tuple[str, str]]:
+    """What it took: name and figure."""
+    summary: Mapping[str, Any] = run.summary or {}
+    seconds = summary.get("seconds", {})
+    rows = [
+        ("Rounds", f"{run.done_rounds}"),
+        ("Sent by all clients", bytes_text(run.rounds["bytes_up"].sum(min_count=1))),
+        ("Sent to all clients", bytes_text(run.rounds["bytes_down"].sum(min_count=1))),
+    ]
+    for name, title in (
+        ("extract", "Images through the backbone"),
+        ("train", "Training rounds"),
+        ("references", "Models to compare with"),
+        ("total", "Whole run"),
+    ):
+        if (found := number(seconds.get(name))) is not None:
+            rows.append((title, f"{found:,.1f} seconds"))
+    if (memory := number(summary.get("peak_rss_mib"))) is not None:
+        rows.append(("Memory at most", f"{memory:,.0f} MiB"))
+    if summary.get("cpu"):
+        rows.append(
+            (
+                "Machine",
+                f"{summary['cpu']}, {summary.get('device')}, {summary.get('threads')} threads",
+            )
+        )
+    return rows
+
+
+def warnings(run: RunTables) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    found = [str(note) for note in (run.summary or {}).get("notes", ())]
+    data = (run.summary or {}).get("data", {})
+    if data.get("skipped_examples"):
+        found.append(f"{data['skipped_examples']} images could not be read and were left out.")
+    if data.get("excluded_clients"):
+        found.append(f"{data['excluded_clients']} clients had too few examples and were left out.")
+    if data.get("leaks_train_test"):
+        found.append(
+            f"The same image is in training and test data {data['leaks_train_test']} times: "
+            "accuracies are too good."
+        )
+    if data.get("leaks_between_clients"):
+        found.append(f"The same image is at two clients {data['leaks_between_clients']} times.")
+    abandoned = int(run.rounds["abandoned"].fillna(False).astype(bool).sum())
+    if abandoned:
+        found.append(f"{abandoned} rounds had too few answers; the model stayed as it was.")
+    for reason, count in list(run.unused.items())[:RARE]:
+        what = "answer of a client was" if count == 1 else "answers of clients were"
+        found.append(f"{count} {what} not used: {reason.removeprefix('unused: ')}.")
+    if len(run.unused) > RARE:
+        found.append(f"{len(run.unused) - RARE} more reasons are in clients.parquet.")
+    attack = run.scenario.get("attack", {}).get("kind", "none")
+    if attack != "none":
+        found.append(f"Some clients lie on purpose in this run: attack {attack}.")
+    pooled = (run.summary or {}).get("references", {}).get("centralised", {})
+    if pooled.get("converged") is False:
+        found.append("The pooled model's fit has not converged: the yardstick may be too low.")
+    undefined = int(run.own["accuracy"].isna().sum())
+    if undefined:
+        found.append(f"{undefined} clients have no test example: their figures are undefined.")
+    few = int((run.own["examples"] < 30).sum())
+    if few:
+        found.append(
+            f"{few} of {len(run.own)} clients have fewer than 30 test examples: their figures are "
+            "rough."
+        )
+    return found
+
+
+def reproduce(run: RunTables) -> dict[str, Any]:
+    """Commands, hashes, versions and the resolved scenario, without this machine's folders."""
+    summary: Mapping[str, Any] = run.summary or {}
+    command = f"fedtl run {run.path.name}/scenario.toml"
+    data, backbone = summary.get("data", {}), summary.get("backbone", {})
+    facts = {
+        "Scenario": run.name,
+        "Seed": run.scenario.get("seed", 0),
+        "Strategy": run.scenario.get("strategy", {}).get("name"),
+        "Engine": summary.get("engine") or run.scenario.get("engine", {}).get("kind"),
+        "Scenario hash": summary.get("scenario_hash"),
+        "Data fingerprint": data.get("fingerprint"),
+        "Backbone": backbone.get("name") or run.scenario.get("backbone", {}).get("name"),
+        "Backbone's weights (SHA-256)": backbone.get("weights_sha256"),
+        "Head (SHA-256)": summary.get("head_sha256"),
+        "Cohorts (BLAKE2b)": summary.get("cohorts_blake2b"),
+        "Batches (BLAKE2b)": summary.get("batches_blake2b"),
+    }
+    return {
+        "commands": [] if run.real else [command, f"fedtl report {run.path.name}"],
+        "facts": {name: value for name, value in facts.items() if value is not None},
+        "versions": summary.get("versions", {}),
+        "scenario": list(flat(without_folders(run.scenario))),
+    }
+
+
+def without_folders(scenario: Mapping[str, Any]) -> dict[str, Any]:
+    """A scenario whose paths are told by their last name only."""
+    content = {k: dict(v) if isinstance(v, Mapping) else v for k, v in scenario.items()}
+    for table, entry in PATHS:
+        inner = content.get(table)
+        if isinstance(inner, dict) and isinstance(inner.get(entry), str):
+            inner[entry] = Path(inner[entry]).name
+    return content
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> Any:
+    """(key path, value) of every entry of nested tables."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
