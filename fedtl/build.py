@@ -7,31 +7,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtl import machine
+from fedtl.clients.adversarial import domain_numbers
+from fedtl.clients.alignment import align
 from fedtl.clients.attacks import poison
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.data.clients import ClientSplit, split_clients
-from fedtl.data.examples import Examples
+from fedtl.data.examples import Examples, Images
 from fedtl.data.leakage import LeakReport, check_leaks, content_hashes, find_leaks
 from fedtl.data.partitions import assign_clients
+from fedtl.data.shifts import shifted, unshifted
 from fedtl.data.sources import load_examples
+from fedtl.data.split_files import with_split_file
 from fedtl.engines import Engine, LocalEngine
 from fedtl.errors import EnvironmentFault, InputError
+from fedtl.evaluation.label_skew import check_label_skew
 from fedtl.planning import liars_of
 from fedtl.rounds import Federation
 from fedtl.scenario.compatibility import UPDATE_ATTACKS, check_cohort
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import make_strategy
+from fedtl.strategies import Strategy, make_strategy
+from fedtl.strategies.adversarial import Adversarial
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.entries import stored_as
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
+from fedtl.transfer.matching import match_examples
+from fedtl.transfer.pipeline import hash_pixels
 from fedtl.types import Int64, Population
 
 if TYPE_CHECKING:
@@ -165,7 +175,19 @@ def open_examples(scenario: Scenario, examples: Examples) -> OpenedData:
             do='Use a pretrained backbone, e.g. "efficientnet_lite0", or give x as floats [n, d]',
         )
     backbone = open_backbone(scenario.backbone, scenario.seed)
-    return OpenedData(scenario, examples, _deal(scenario, examples), backbone)
+    return OpenedData(scenario, *deal(scenario, examples), backbone)
+
+
+def deal(scenario: Scenario, examples: Examples) -> tuple[Examples, ClientSplit]:
+    """Who holds which examples, and the examples as clients have them: named, split, shifted.
+
+    Raises:
+        InputError: a partition, a split file or a shift that these data cannot have.
+    """
+    if scenario.clients.split_file is not None:
+        examples = with_split_file(examples, Path(scenario.clients.split_file))
+    split = _deal(scenario, examples)
+    return shifted(examples, split, scenario.shift, scenario.seed), split
 
 
 def _deal(scenario: Scenario, examples: Examples) -> ClientSplit:
@@ -185,12 +207,21 @@ def check_strategy(opened: OpenedData) -> None:
     """Refuse what can be known of a strategy once the clients are: names, classes, cohorts.
 
     Raises:
-        InputError: a client or a class that is not there, or too few clients for a robust rule.
+        InputError: a client or a class that is not there, too few clients for a robust rule, no
+            two domains to tell apart, or labels too skewed to align features.
     """
     names = opened.split.names
     check_cohort(opened.scenario, len(names))
     make_strategy(opened.scenario, names)
+    if opened.scenario.adaptation.adversarial:
+        domain_numbers(opened.split.domains)
     liars_of(opened.scenario, names)
+    check_label_skew(
+        opened.scenario.adaptation,
+        opened.examples.labels,
+        len(opened.examples.classes),
+        opened.split.train,
+    )
 
 
 def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
@@ -201,6 +232,11 @@ def make_features(opened: OpenedData, progress: ExtractionProgress | None = None
         facts = {"cached": True, "way": "identity", "num_bytes": int(matrix.nbytes)}
         content = content_hashes(np.asarray(examples.features))
         return ReadyFeatures(matrix, content, examples, opened.split, facts, 0.0, examples.notes)
+    threads, matches = allowed_threads(scenario), scenario.adaptation.input == "match"
+    if matches:
+        preprocessing = opened.backbone.preprocessing
+        examples = match_examples(examples, opened.split, preprocessing, scenario.seed, threads)
+    assert examples.images is not None
     stored = FeatureStore().features(
         opened.backbone,
         examples.images,
@@ -209,17 +245,33 @@ def make_features(opened: OpenedData, progress: ExtractionProgress | None = None
         way=section.extraction,
         device=scenario.engine.device,
         on_bad_file=scenario.data.on_bad_file,
-        threads=allowed_threads(scenario),
+        threads=threads,
         progress=progress,
     )
     if len(stored.kept) < len(examples):
         opened = without(opened, stored.kept)
-    examples, split = opened.examples, opened.split
+        if matches:  # dealt anew, an image may have another client, and so another map
+            return make_features(_noted(opened, stored.notes), progress)
+        examples = opened.examples
+    split = opened.split
     facts = {"cached": stored.cached, "way": stored.way, "num_bytes": stored.num_bytes}
     notes = (*examples.notes, *stored.notes)
-    return ReadyFeatures(
-        stored.matrix, stored.content, examples, split, facts, stored.seconds, notes
-    )
+    content = stored.content
+    if scenario.shift.kinds or matches:  # which hides copies of an image from each other
+        assert examples.images is not None
+        content = _content(unshifted(examples.images), threads)
+    return ReadyFeatures(stored.matrix, content, examples, split, facts, stored.seconds, notes)
+
+
+def _noted(opened: OpenedData, notes: tuple[str, ...]) -> OpenedData:
+    examples = replace(opened.examples, notes=(*opened.examples.notes, *notes))
+    return replace(opened, examples=examples)
+
+
+def _content(images: Images, threads: int) -> npt.NDArray[np.uint8]:
+    with ThreadPoolExecutor(threads) as pool:
+        hashes = pool.map(lambda i: hash_pixels(images.load(i)), range(len(images)))
+        return np.stack(list(hashes))
 
 
 def population_of(features: ReadyFeatures) -> Population:
@@ -256,7 +308,7 @@ def make_federation(
     split, examples = features.split, features.examples
     leaks = find_leaks(features.content, split, examples)
     check_leaks(leaks, scenario.data.leakage)
-    population = population_of(features)
+    population, aligned = _aligned(scenario, population_of(features))
     lying = liars_of(scenario, population.names)
     poisoned = poison(population, scenario.attack, lying, scenario.seed)
     head = initial_head(
@@ -264,7 +316,7 @@ def make_federation(
     )
     identity = {
         "scenario_hash": scenario.hash(),
-        "data_fingerprint": examples.fingerprint,
+        "data_fingerprint": examples.identity,
         "weights_sha256": opened.backbone.weights_hash,
         "extraction": features.facts["way"],
         "versions": machine.versions(),
@@ -273,12 +325,32 @@ def make_federation(
         scenario,
         population.roster(),
         head,
-        make_strategy(scenario, population.names),
+        _strategy(scenario, population),
         ENGINES[scenario.engine.kind](scenario, poisoned, store),
         identity,
     )
-    notes = (*features.notes, *_left_out(split), *_attack(scenario, population, lying))
+    notes = (*features.notes, *aligned, *_left_out(split), *_attack(scenario, population, lying))
     return Built(federation, population, leaks, replace(features, notes=notes))
+
+
+def _strategy(scenario: Scenario, population: Population) -> Strategy:
+    strategy, weight = make_strategy(scenario, population.names), scenario.adaptation.adversarial
+    if not weight:
+        return strategy
+    return Adversarial(strategy, int(domain_numbers(population.domains).max()) + 1, weight)
+
+
+def _aligned(scenario: Scenario, population: Population) -> tuple[Population, tuple[str, ...]]:
+    """The population after ``adaptation.features``, and what is to be told of it."""
+    kind = scenario.adaptation.features
+    if kind == "none":
+        return population, ()
+    population, note = align(population, kind, threads=allowed_threads(scenario))
+    told = (
+        f"features are aligned ({kind}): every example goes through the map of its own client, "
+        "also where everybody's tests are judged"
+    )
+    return population, (told, note) if note else (told,)
 
 
 def _attack(scenario: Scenario, population: Population, lying: Int64) -> list[str]:

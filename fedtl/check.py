@@ -14,6 +14,7 @@ from fedtl.build import OpenedData, allowed_threads, check_strategy, open_data, 
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
 from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
+from fedtl.data.shifts import unshifted
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
 from fedtl.scenario.schema import Scenario
@@ -90,8 +91,8 @@ def class_table(split: ClientSplit, labels: Int32, classes: tuple[str, ...]) -> 
 
 def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, dict[int, str]]:
     """Content hashes of all images, zeros for bad ones, and a line per bad one by its row."""
-    images = opened.examples.images
-    assert images is not None
+    assert opened.examples.images is not None
+    images = unshifted(opened.examples.images)  # what is shifted differently is still a copy
     content = np.zeros((len(images), 16), np.uint8)
     bad: dict[int, str] = {}
     with ThreadPoolExecutor(allowed_threads(opened.scenario)) as pool:

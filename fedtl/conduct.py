@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,19 +16,23 @@ from fedtl import machine
 from fedtl.build import allowed_threads, resolve_device
 from fedtl.checkpoints import Progress
 from fedtl.errors import FedtlError
+from fedtl.evaluation import columns as known
+from fedtl.evaluation.advice import Compared, Counsel, counsel
+from fedtl.evaluation.calibration import Calibration
 from fedtl.evaluation.contributions import open_kept
+from fedtl.evaluation.fairness import fairness
 from fedtl.evaluation.metrics import client_rows
-from fedtl.evaluation.references import Judgement, beside
+from fedtl.evaluation.references import Judgement
 from fedtl.evaluation.verdicts import Verdict, give_verdict
 from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
+from fedtl.planning import personal_at_end
 from fedtl.plans import Personal
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import keeps_statistics
 from fedtl.rounds import Federation, run_rounds
 from fedtl.strategies import last_notes
-from fedtl.strategies.base import personal_of
-from fedtl.types import ClientUpdates, Head
+from fedtl.types import ClientUpdates, Head, Int64
 
 
 class Observer(Protocol):
@@ -65,11 +69,29 @@ class Outcome:
     rounds: int
 
 
-Judge = Callable[[Outcome, Callable[[str], None], Callable[[], None]], dict[str, Judgement]]
+@dataclass(frozen=True)
+class Judged:
+    """The last head and its references, on the same test examples.
+
+    Attributes:
+        heads: "federated", "personal" where clients have heads of their own, each reference.
+        beside: the federated head on the clients that the references are of, where those are some.
+        compared: of these clients, heads against the clients' own ones: "federated" and others;
+            empty where no client was trained alone.
+        calibration: of the federated head; None where that is not known.
+        notes: what the user should know, one line each.
+    """
+
+    heads: Mapping[str, Judgement]
+    beside: Judgement
+    compared: Mapping[str, Compared]
+    calibration: Calibration | None = None
+    notes: Sequence[str] = ()
+
+
+Judge = Callable[[Outcome, Callable[[str], None], Callable[[], None]], Judged]
 """Judges the last head and trains the references: called with the outcome, with what to call before
-each reference, and with what to call often (it raises to stop). Gives "federated", "personal" where
-clients have heads of their own, each reference by name, and "federated_sample" where the references
-are of some clients only."""
+each reference, and with what to call often (it raises to stop)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,7 @@ class Prepared:
         data, backbone: sections of ``summary.json``.
         extract_seconds: what making the features took.
         notes: what the user should know before the first round, one line each.
+        class_counts: gives clients' training examples by class [k, C]; None where nobody knows.
     """
 
     federation: Federation
@@ -89,6 +112,7 @@ class Prepared:
     backbone: Mapping[str, Any]
     extract_seconds: float
     notes: Sequence[str]
+    class_counts: Callable[[Int64], Int64] | None = None
 
 
 def conduct(
@@ -131,7 +155,10 @@ def conduct(
             raise
         for note in last_notes(federation.scenario, state):
             observer.noted(note)
-        outcome = Outcome(state.result, personal_of(federation.strategy, state), done.round)
+        own = personal_at_end(
+            federation.scenario, federation.strategy, state, len(federation.roster.classes)
+        )
+        outcome = Outcome(state.result, own, done.round)
         return _conclude(
             prepared, folder, observer, interrupts, outcome, done, started, start_seconds
         )
@@ -161,28 +188,33 @@ def _conclude(
         failpoint(f"before_{reference}", scenario.rounds)
 
     began = time.perf_counter()
-    judgements = prepared.judge(outcome, begin, check)
+    judged = prepared.judge(outcome, begin, check)
     references_seconds = time.perf_counter() - began
+    for note in judged.notes:
+        observer.noted(note)
+    rule, seed = scenario.verdict, scenario.seed
+    told = counsel(judged.beside.clients, judged.compared, rule, seed) if judged.compared else None
     # Where only some clients were also trained alone, the verdict is about those.
-    compared = judgements.pop("federated_sample", judgements["federated"])
     verdict = give_verdict(
-        compared,
-        judgements.get("local_only"),
-        judgements.get("centralised"),
-        [roster.names[i] for i in compared.clients.tolist()],
+        judged.beside,
+        judged.heads.get("local_only"),
+        judged.heads.get("centralised"),
+        [roster.names[i] for i in judged.beside.clients.tolist()],
+        rule,
+        seed,
+        judged.compared.get("federated"),
+        told,
     )
-    mine = judgements["federated"]
+    mine = judged.heads["federated"]
     columns = roster.columns(mine.clients)
     if outcome.personal is not None and outcome.personal.completes:  # the rounds had none to judge
         folder.clients.append(client_rows(progress.round, mine.clients, mine.own, columns, "test"))
     folder.clients.append(
         client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
-    references = {name: found for name, found in judgements.items() if name != "federated"}
-    contributions = open_kept(folder.path).contributions() if keeps_statistics(folder.path) else []
-    folder.write_tables(beside(references, progress.round, contributions))
+    _write_tables(prepared, folder, progress.round, judged, told)
     folder.write_head(head, _head_card(prepared))
-    summary = _summary(prepared, head, progress, judgements, verdict)
+    summary = _summary(prepared, head, progress, judged, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds
     summary["seconds"] = {
         "extract": extract,
@@ -193,6 +225,7 @@ def _conclude(
     }
     summary["client_rounds_per_second"] = progress.client_rounds / train if train else None
     summary["peak_rss_mib"] = round(machine.peak_rss_mib(), 1)
+    summary["notes"] = [*prepared.notes, *judged.notes]
     summary["versions"] = machine.versions()
     summary["cpu"] = machine.cpu_model()
     summary["device"] = resolve_device(scenario)
@@ -202,6 +235,32 @@ def _conclude(
     folder.finish(summary)
     observer.finished(summary, verdict, folder.path)
     return summary
+
+
+def _write_tables(
+    prepared: Prepared, folder: RunFolder, last: int, judged: Judged, told: Counsel | None
+) -> None:
+    """The Parquet files, with all that was found at the end."""
+    roster, heads = prepared.federation.roster, judged.heads
+    contributions = open_kept(folder.path).contributions() if keeps_statistics(folder.path) else []
+    complete = known.beside(
+        last,
+        known.of_heads({name: found for name, found in heads.items() if name != "federated"}),
+        known.of_contributions(contributions),
+        known.of_pairs(judged.beside.clients, judged.compared),
+        known.of_counsel(told) if told is not None else {},
+        known.of_calibration(judged.calibration) if judged.calibration is not None else {},
+    )
+    mine, alone = heads["federated"], heads.get("local_only")
+    train = None if prepared.class_counts is None else prepared.class_counts(mine.clients)
+    classes = known.class_table(
+        mine.sums,
+        None if alone is None else alone.sums,
+        roster.columns(mine.clients),
+        roster.classes,
+        train,
+    )
+    folder.write_tables(complete, classes)
 
 
 def _head_card(prepared: Prepared) -> dict[str, str]:
@@ -222,12 +281,12 @@ def _summary(
     prepared: Prepared,
     head: Head,
     progress: Progress,
-    judgements: Mapping[str, Judgement],
+    judged: Judged,
     verdict: Verdict,
 ) -> dict[str, Any]:
     """The part of ``summary.json`` that is the same on every machine and engine."""
     federation = prepared.federation
-    scenario, roster = federation.scenario, federation.roster
+    scenario, roster, heads = federation.scenario, federation.roster, judged.heads
     return {
         "name": scenario.name,
         "scenario_hash": federation.identity["scenario_hash"],
@@ -237,15 +296,25 @@ def _summary(
         "rounds_completed": progress.round,
         "num_clients": roster.num_clients,
         "head_sha256": head_hash(head),
-        "final": judgements["federated"].facts,
-        "personal": judgements["personal"].facts if "personal" in judgements else None,
-        "references": {n: j.facts for n, j in judgements.items() if n not in SHOWN_APART},
+        "final": heads["federated"].facts,
+        "personal": heads["personal"].facts if "personal" in heads else None,
+        "references": {n: j.facts for n, j in heads.items() if n not in SHOWN_APART},
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
         "epsilon": None,
         "cohorts_blake2b": progress.cohorts,
         "batches_blake2b": progress.batches,
-        "verdict": asdict(verdict),
+        "verdict": verdict.as_facts(),
+        "fairness": {
+            name: fairness(
+                heads[name].sums,
+                roster.columns(heads[name].clients)["domain"],
+                roster.classes,
+            )
+            for name in FAIRNESS
+            if name in heads
+        },
+        "calibration": judged.calibration.facts if judged.calibration else UNCALIBRATED,
         "data": {
             "train": int(roster.train.sum()),
             "test": int(roster.test.sum()),
@@ -258,6 +327,15 @@ def _summary(
 
 SHOWN_APART = ("federated", "personal")
 """Judgements that are no references."""
+
+UNCALIBRATED = {
+    "calibration_error": None,
+    "auroc": None,
+    "note": "needs a shared head's scores of single examples; real clients keep theirs",
+}
+
+FAIRNESS = ("federated", "local_only")
+"""Heads of which ``summary.json`` says how evenly they serve."""
 
 
 def head_hash(head: Head) -> str:

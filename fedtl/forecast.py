@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtl import machine
 from fedtl.build import OpenedData, allowed_threads
-from fedtl.planning import cohort_size, plan_round
+from fedtl.planning import cohort_size, plan_round, scratch_rates
 from fedtl.plans import Task
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy
@@ -23,6 +23,10 @@ MACS_PER_CORE_SECOND = 30e9
 
 FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9}
 """Float operations of local training per core (benchmarks/kernel.py)."""
+
+SCRATCH_MACS_PER_SECOND = 10e9
+"""The same forward and backward in torch on the one thread that trains from scratch; a backward
+pass counts as two forward ones."""
 
 EMBEDDED_GMACS = (0.385, 224)
 """EfficientNet-Lite0's billions of multiply-adds for one image of that size."""
@@ -52,6 +56,9 @@ class Forecast:
     extract_seconds: float | None
     train_seconds: float
     task: Task
+    scratch_epochs: int = 0
+    """Of the reference from_scratch, 0 where it is not asked for; each takes all images."""
+    scratch_seconds: float | None = 0.0
     epsilon: None = None
     """No differential privacy in this scenario: nothing bounds epsilon."""
 
@@ -95,7 +102,19 @@ def forecast(opened: OpenedData) -> Forecast:
         0.0 if cached else _extract_seconds(opened, threads),
         flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
         sent.task,
+        *_scratch(opened),
     )
+
+
+def _scratch(opened: OpenedData) -> tuple[int, float | None]:
+    """Epochs and seconds of training the whole network from scratch, where it is asked for."""
+    scenario = opened.scenario
+    if "from_scratch" not in scenario.evaluation.references:
+        return 0, 0.0
+    epochs = len(scratch_rates(scenario))
+    macs = _macs(opened)
+    passes = 3 * epochs * len(opened.split.train.index)
+    return epochs, None if macs is None else passes * macs / SCRATCH_MACS_PER_SECOND
 
 
 class Exchanged(NamedTuple):
@@ -149,16 +168,19 @@ def stored_width(opened: OpenedData) -> int | None:
 
 
 def _extract_seconds(opened: OpenedData, threads: int) -> float | None:
-    """None on a GPU and for models whose cost is not published."""
+    macs = _macs(opened)
+    return None if macs is None else macs * len(opened.examples) / (MACS_PER_CORE_SECOND * threads)
+
+
+def _macs(opened: OpenedData) -> float | None:
+    """Multiply-adds for one image; None on a GPU and for models whose cost is not published."""
     if machine.gpu_present() and opened.scenario.engine.device != "cpu":
         return None
     known = _gmacs(opened.scenario.backbone.name)
     if known is None:
         return None
     gmacs, trained_size = known
-    scale = (opened.backbone.image_size / trained_size) ** 2
-    macs = 1e9 * gmacs * scale * len(opened.examples)
-    return macs / (MACS_PER_CORE_SECOND * threads)
+    return 1e9 * gmacs * (opened.backbone.image_size / trained_size) ** 2
 
 
 def _gmacs(name: str) -> tuple[float, int] | None:

@@ -16,9 +16,9 @@ import numpy as np
 from fedtl import seeding
 from fedtl.clients.attacks import liars
 from fedtl.errors import client_of
-from fedtl.plans import Compression, RoundPlan
+from fedtl.plans import Compression, Personal, RoundPlan
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies.base import ServerState, Strategy
+from fedtl.strategies.base import ServerState, Strategy, personal_of
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining
 
 
@@ -31,7 +31,10 @@ def plan_round(
     clients = sample_cohort(scenario.seed, round, num_clients, size)
     keys = seeding.client_keys(scenario.seed, "batches", round, clients)
     needed = wanted if wanted < size else None
-    plan = RoundPlan(round, clients, keys, local_training(scenario, round), needed)
+    training = local_training(scenario, round)
+    if scenario.adaptation.prior == "balanced_softmax":  # only here: who trains alone is at home
+        training = replace(training, prior_strength=scenario.adaptation.prior_strength)
+    plan = RoundPlan(round, clients, keys, training, needed)
     plan = strategy.plan(state, plan)
     packing = scenario.compression
     if packing.kind == "none" or plan.task != "train":
@@ -50,6 +53,16 @@ def local_training(scenario: Scenario, round: int) -> LocalTraining:
         section.momentum,
         section.weight_decay,
     )
+
+
+def personal_at_end(
+    scenario: Scenario, strategy: Strategy, state: ServerState, num_classes: int
+) -> Personal | None:
+    """What each client makes of the last head for itself: by the strategy or by its own classes."""
+    adaptation = scenario.adaptation
+    if adaptation.prior == "logit_adjustment":
+        return Personal("prior", scale=adaptation.prior_strength, choices=(0.0,) * num_classes)
+    return Personal("bbse") if adaptation.prior == "bbse" else personal_of(strategy, state)
 
 
 def cohort_size(scenario: Scenario, num_clients: int) -> int:
@@ -88,6 +101,17 @@ def scheduled_rate(scenario: Scenario, round: int) -> float:
     if section.schedule == "exponential":
         return float(section.learning_rate * section.decay ** (round - 1))
     return section.learning_rate
+
+
+def scratch_rates(scenario: Scenario) -> list[float]:
+    """Learning rates of the reference from_scratch, one per epoch: the clients', over its epochs.
+
+    By default as many epochs as the clients have local ones in all rounds.
+    """
+    planned = scenario.rounds * scenario.training.local_epochs
+    epochs = scenario.evaluation.scratch_epochs or planned
+    rounds = [1 + epoch * scenario.rounds // epochs for epoch in range(epochs)]
+    return [scheduled_rate(scenario, round) for round in rounds]
 
 
 def absent_clients(scenario: Scenario, names: tuple[str, ...], round: int) -> Int64:

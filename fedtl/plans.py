@@ -87,6 +87,7 @@ Personalisation = Literal[
     "knnper",
     "ridge",
     "prior",
+    "bbse",
 ]
 
 
@@ -104,9 +105,9 @@ class Personal:
         inner_steps: pfedme's K.
         alpha: apfl's share of the client's own head.
         adaptive: whether apfl's alpha follows its gradient.
-        neighbours, scale: knnper's; ``scale`` is also ridge's temperature.
+        neighbours, scale: knnper's; ``scale`` is also ridge's temperature, and tau of "prior".
         choices: among which the client chooses (knnper's lambdas, ridge's rhos), or the log-prior
-            of every class that "prior" replaces.
+            of every class that "prior" replaces, or the rows of the confusion matrix of "bbse".
     """
 
     method: Personalisation

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fedtl import conduct, seeding
+from fedtl import conduct
 from fedtl.build import (
     Built,
     OpenedData,
-    allowed_threads,
     make_federation,
     open_data,
-    resolve_device,
 )
-from fedtl.clients.attacks import backdoor_success
 from fedtl.clients.personal_store import PersonalStore
-from fedtl.conduct import Judge, Outcome, Prepared
+from fedtl.conduct import Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
-from fedtl.evaluation import references
-from fedtl.evaluation.personalised import judge_personalised
-from fedtl.evaluation.ridge import fit_ridge
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
-from fedtl.planning import judged_clients, liars_of, local_training
+from fedtl.judging import Judging
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
-from fedtl.rounds import Federation
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import notes_of, tasks_of
-from fedtl.types import Head, Population
-
-RIDGE = 0.01
-"""Of the pooled ridge head, where the strategy has none of its own."""
+from fedtl.types import Int64, Population
 
 PERSONAL = "personal"
 """Folder of a run in which its simulated clients keep what is theirs."""
@@ -91,7 +79,7 @@ def run_scenario(
     opened = open_data(scenario)
     folder = RunFolder.create(path, dump_scenario(scenario))
     try:
-        return _carry_on(opened, folder, observer, interrupts, started)
+        return carry_on(opened, folder, observer, interrupts, started)
     except FedtlError as error:
         if not isinstance(error, Interrupted) and not any((path / "checkpoints").glob("*.json")):
             folder.discard()
@@ -118,12 +106,12 @@ def resume_run(
             )
         opened = open_data(load_scenario(str(path / SCENARIO)))
         folder.event("resumed")
-        return _carry_on(opened, folder, observer, interrupts, started, allow_changes)
+        return carry_on(opened, folder, observer, interrupts, started, allow_changes)
     finally:
         folder.release()
 
 
-def _carry_on(
+def carry_on(
     opened: OpenedData,
     folder: RunFolder,
     observer: Observer,
@@ -157,9 +145,9 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
         )
     return Prepared(
         federation=federation,
-        judge=_judge(built, store),
+        judge=Judging(built, opened.backbone.image_size, store),
         data={
-            "fingerprint": examples.fingerprint,
+            "fingerprint": examples.identity,
             "examples": len(examples),
             "skipped_examples": len(opened.examples) - len(examples),
             "excluded_clients": len(built.features.split.excluded),
@@ -175,79 +163,17 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
         },
         extract_seconds=built.features.seconds,
         notes=notes,
+        class_counts=lambda clients: _class_counts(built.population, clients),
     )
 
 
-def _judge(built: Built, store: PersonalStore) -> Judge:
-    """The federated head and every reference, each judged twice, on the population that is here."""
-    federation, population = built.federation, built.population
-    scenario, section = federation.scenario, federation.scenario.evaluation
-    threads, device = allowed_threads(scenario), resolve_device(scenario)
-    decay = scenario.training.weight_decay
-
-    def judge(
-        outcome: Outcome, begin: Callable[[str], None], check: Callable[[], None]
-    ) -> dict[str, references.Judgement]:
-        head, personal = outcome.head, outcome.personal
-        whole = personal is None or not personal.completes  # else it is no model by itself
-
-        def own(place: references.Judge) -> references.Judgement:
-            assert personal is not None
-            training = local_training(scenario, 1)  # a schedule may have ended near zero
-            return judge_personalised(
-                place, head, personal, training, outcome.rounds, scenario.seed, store, check
-            )
-
-        judged = judged_clients(scenario, population.num_clients)
-        rows = references.everyone_rows(
-            population, judged, section.everyone_examples, scenario.seed
-        )
-        place = references.Judge(population, judged, rows, threads, device)
-        found: dict[str, references.Judgement] = {}
-        if personal is not None:
-            begin("personal")
-            found["personal"] = own(place)
-        found["federated"] = references.judge_shared(place, head) if whole else found["personal"]
-        facts = found["federated"].facts
-        if scenario.attack.kind == "backdoor" and whole:
-            facts["backdoor_success"] = _backdoor(scenario, population, head, threads)
-        limit = section.reference_clients
-        if len(judged) > limit and section.references:
-            stream = seeding.generator(scenario.seed, "references")
-            place = replace(place, clients=np.sort(stream.choice(judged, limit, replace=False)))
-            sample = references.judge_shared(place, head) if whole else own(place)
-            found["federated_sample"] = sample
-        for name in section.references:
-            begin(name)
-            found[name] = _reference(name, place, federation, check)
-        pooled = found.get("centralised")
-        linear = scenario.head.kind == "linear" and set(head) == set(federation.head)
-        if pooled is not None and whole and linear:  # only then there is one right answer
-            facts.update(references.from_optimum(place, head, pooled, decay))
-        return found
-
-    return judge
-
-
-def _reference(
-    name: str, place: references.Judge, federation: Federation, check: Callable[[], None]
-) -> references.Judgement:
-    """One of ``evaluation.references``, trained and judged."""
-    scenario, head = federation.scenario, federation.head
-    if name == "local_only":
-        trainings = [local_training(scenario, r) for r in range(1, scenario.rounds + 1)]
-        return references.judge_alone(place, head, trainings, scenario.seed, check)
-    if name == "ridge":
-        ridge = float(getattr(scenario.strategy, "ridge", RIDGE))
-        fitted = fit_ridge(place.population, head, ridge, place.threads)
-        return references.judge_shared(place, fitted)
-    return references.judge_pooled(place, head, scenario.training.weight_decay, check)
-
-
-def _backdoor(scenario: Scenario, population: Population, head: Head, threads: int) -> float | None:
-    lying, seed = liars_of(scenario, population.names), scenario.seed
-    rate = backdoor_success(population, head, scenario.attack, lying, seed, threads=threads)
-    return None if np.isnan(rate) else rate
+def _class_counts(population: Population, clients: Int64) -> Int64:
+    """Clients' training examples by class, int64 [k, C]."""
+    counts = np.zeros((len(clients), len(population.classes)), np.int64)
+    for i, client in enumerate(clients.tolist()):
+        labels = population.labels[population.train.of(client)]
+        counts[i] = np.bincount(labels, minlength=counts.shape[1])
+    return counts
 
 
 def _alone_in_class(built: Built) -> list[str]:
@@ -255,12 +181,7 @@ def _alone_in_class(built: Built) -> list[str]:
     population, scenario = built.population, built.federation.scenario
     if "statistics" not in tasks_of(scenario):
         return []
-    num_classes = len(population.classes)
-    counts = [
-        np.bincount(population.labels[population.train.of(client)], minlength=num_classes)
-        for client in range(population.num_clients)
-    ]
-    lone = int((np.array(counts) == 1).sum())
+    lone = int((_class_counts(population, np.arange(population.num_clients)) == 1).sum())
     if not lone:
         return []
     return [

@@ -53,7 +53,8 @@ def gap(
     as_json: AsJson = False,
 ) -> None:
     """Show how far the clients' domains lie from each other and from the backbone's."""
-    from fedtl.gap import rank_backbones, show_gap
+    from fedtl.backbone_choice import rank_backbones
+    from fedtl.gap import show_gap
     from fedtl.interrupts import Interrupts
     from fedtl.scenario.load import load_scenario
 

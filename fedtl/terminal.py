@@ -115,8 +115,9 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         f"{plan.head_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
         "memory": f"about {size(plan.memory_bytes)}, features {size(plan.feature_bytes)} on disk",
-        "time": f"trunk {duration(plan.extract_seconds)}, rounds {duration(plan.train_seconds)} "
-        "(estimates)",
+        "time": f"trunk {duration(plan.extract_seconds)}, rounds {duration(plan.train_seconds)}"
+        + (f", from scratch {duration(plan.scratch_seconds)}" if plan.scratch_epochs else "")
+        + " (estimates)",
         "privacy": "data stay at the clients; no differential privacy, epsilon is not bounded",
     }
     for name, text in rows.items():
@@ -253,7 +254,8 @@ class Terminal:
             )
         if (excess := summary["final"].get("excess_loss")) is not None:
             self.console.print(
-                f"Its training loss is {max(0.0, excess):.3g} above that of the pooled optimum.",
+                f"The federated head's training loss is {max(0.0, excess):.3g} above that of the "
+                "pooled optimum.",
                 highlight=False,
             )
         seconds = summary["seconds"]
@@ -304,14 +306,18 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     shared = {} if own and own["personal"] == summary["final"] else {"federated": summary["final"]}
     heads = {**shared, **own, **summary["references"]}
     words = {
+        "federated": "federated",
         "personal": "each client's own, from it",
+        "fine_tuned": "each client's own, tuned from it",
         "local_only": "each client alone",
+        "best_client": "best of these, for all",
         "centralised": "everybody pooled",
         "ridge": "pooled ridge",
+        "from_scratch": "everybody pooled, from scratch",
     }
-    for name, facts in heads.items():
+    for name, facts in sorted(heads.items(), key=lambda one: [*words].index(one[0])):
         table.add_row(
-            words.get(name, name),
+            words[name],
             percent(facts["accuracy"]),
             percent(facts["accuracy_everyone"]),
             percent(facts["worst_decile_accuracy"]),

@@ -22,6 +22,9 @@ Head = Mapping[str, Float32]
 """A head's tensors by name. Linear: ``weight`` [C, D] and ``bias`` [C]. MLP: also
 ``hidden.<i>.weight`` [H, D] and ``hidden.<i>.bias`` [H] in front of them."""
 
+DOMAIN = "domain."
+"""Before the tensors of a classifier of domains, which may travel with an MLP head in training."""
+
 
 def float32(values: Float64) -> Float32:
     """Rounded once; what overflows is infinite, and refused by whoever validates it."""
@@ -147,7 +150,9 @@ class LocalTraining:
 
     ``proximal`` is FedProx's mu: the gradient gains mu * (w - w_round_start). The weight-decay
     term is ``weight_decay * w`` on weights and biases alike, as torch.optim.SGD has it. ``layers``
-    that are not trained stay as they are, bit for bit.
+    that are not trained stay as they are, bit for bit. ``prior_strength`` is balanced softmax's
+    tau: the loss is that of the scores + tau log(class frequencies of the client); 0 is without.
+    ``adversarial`` is the weight of the reversed domain loss, see ``clients.adversarial``.
     """
 
     epochs: int
@@ -157,6 +162,8 @@ class LocalTraining:
     weight_decay: float = 0.0
     proximal: float = 0.0
     layers: Layers = "all"
+    prior_strength: float = 0.0
+    adversarial: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtl.clients.adversarial import Foe, domain_numbers
 from fedtl.clients.blocks import labels_of, run_blocks
+from fedtl.clients.losses import residuals
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientUpdates, Float32, Head, Int32, Int64, LocalTraining, Population
+from fedtl.types import (
+    DOMAIN,
+    ClientUpdates,
+    Float32,
+    Head,
+    Int32,
+    Int64,
+    LocalTraining,
+    Population,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +47,14 @@ operand does not start at a cache line, and lanes must not differ in that."""
 
 
 def layer_names(head: Mapping[str, object]) -> list[str]:
-    """Prefixes of a head's layers from features to scores: hidden.0., ..., then ""."""
+    """Prefixes of a head's layers from features to scores: hidden.0., ..., then "".
+
+    A classifier of domains, which an MLP head may have with it, is not among them.
+    """
     hidden = sum(name.startswith("hidden.") for name in head) // 2
     names = [f"hidden.{i}." for i in range(hidden)] + [""]
-    expected = {name + kind for name in names for kind in ("weight", "bias")}
+    whole = [*names, DOMAIN] if hidden and DOMAIN + "weight" in head else names
+    expected = {name + kind for name in whole for kind in ("weight", "bias")}
     if set(head) != expected:
         raise InputError(
             "a head of unknown form", got=sorted(head), allowed="weight, bias, hidden.<i>.*"
@@ -85,12 +100,18 @@ def _wide(size: int) -> int:
 
 
 class _Lanes:
-    """The heads of one group as padded tensors: [L, out, in] and [L, 1, out] for each layer."""
+    """The heads of one group as padded tensors: [L, out, in] and [L, 1, out] for each layer.
 
-    def __init__(self, starts: Head, names: list[str], first: int, stop: int, device: str) -> None:
+    A classifier of domains, where there is one, comes after the ``depth`` layers of the head.
+    """
+
+    def __init__(self, starts: Head, first: int, stop: int, device: str) -> None:
         import torch
 
         lanes = LANES[device.partition(":")[0]]
+        names = layer_names(starts)
+        self.depth = len(names)
+        names += [DOMAIN] if DOMAIN + "weight" in starts else []
         self._names, self._first, self._stop = names, first, stop
         self._shapes = {name: tensor.shape[1:] for name, tensor in starts.items()}
         self.layers: list[list[torch.Tensor]] = []
@@ -106,6 +127,7 @@ class _Lanes:
         num_classes = starts["bias"].shape[1]
         classes = np.arange(_wide(num_classes)) >= num_classes
         self.absent = torch.from_numpy(classes).to(device)
+        self.foe: Foe | None = None
 
     def save(self, out: dict[str, Float32]) -> None:
         """Write the heads without their padding."""
@@ -133,22 +155,24 @@ class _Lanes:
         import torch
 
         inputs = [x]
-        for matrix, bias in self.layers[:-1]:
+        for matrix, bias in self.layers[: self.depth - 1]:
             inputs.append(torch.relu(torch.bmm(inputs[-1], matrix.mT) + bias))
-        matrix, bias = self.layers[-1]
+        matrix, bias = self.layers[self.depth - 1]
         scores = torch.bmm(inputs[-1], matrix.mT) + bias
-        logs = torch.log_softmax(scores.masked_fill(self.absent, -torch.inf), dim=2)
-        place = labels[:, :, None]
-        loss = -logs.gather(2, place)[:, :, 0]
-        delta = logs.exp()
-        delta.scatter_add_(2, place, torch.full_like(place, -1, dtype=delta.dtype))
-        delta = torch.where(weight[:, :, None] > 0, delta * weight[:, :, None], 0.0)
+        delta, loss = residuals(scores.masked_fill(self.absent, -torch.inf), labels, weight)
         gradients: list[list[torch.Tensor]] = []
-        for i in range(len(self.layers) - 1, -1, -1):
+        against: torch.Tensor | None = None
+        if self.foe is not None:
+            own, against = self.foe.gradient(self.layers[-1], inputs[-1], weight)
+            gradients.append(own)
+        for i in range(self.depth - 1, -1, -1):
             gradients.insert(0, [torch.bmm(delta.mT, inputs[i]), delta.sum(1, keepdim=True)])
             if i:
+                back = torch.bmm(delta, self.layers[i][0])
+                if against is not None and i == self.depth - 1:
+                    back = back - against
                 # threshold_backward, unlike a product with a mask, does what torch's ReLU does.
-                delta = torch.where(inputs[i] <= 0, 0.0, torch.bmm(delta, self.layers[i][0]))
+                delta = torch.where(inputs[i] <= 0, 0.0, back)
         return gradients, loss
 
 
@@ -163,7 +187,9 @@ def train_batched(
     """
     import torch
 
-    names, clients = layer_names(starts), plan.clients
+    clients, numbers = plan.clients, None
+    if DOMAIN + "weight" in starts:
+        numbers = domain_numbers(population.domains)
     lanes = LANES[_checked(device).partition(":")[0]]
     num = len(clients)
     out = {
@@ -174,7 +200,10 @@ def train_batched(
 
     def work(first: int, stop: int) -> None:
         torch.set_num_threads(1)
-        group = _Lanes(starts, names, first, stop, device)
+        group = _Lanes(starts, first, stop, device)
+        if numbers is not None:
+            num = starts[DOMAIN + "bias"].shape[1]
+            group.foe = Foe.of(group.layers[-1], numbers[clients[first:stop]], plan.training, num)
         loss[first:stop] = _train_group(population, plan, group, first, stop, device)
         group.save(out)
 
@@ -199,8 +228,7 @@ def _train_group(
     begin = [[t.clone() for t in layer] for layer in group.layers]
     extra = None
     if plan.corrections:
-        names = layer_names(plan.corrections)
-        extra = _Lanes(plan.corrections, names, first, stop, device).layers
+        extra = _Lanes(plan.corrections, first, stop, device).layers
     speed = [[torch.zeros_like(t) for t in layer] for layer in group.layers]
     summed = np.zeros(stop - first)
     for epoch in range(own.epochs):

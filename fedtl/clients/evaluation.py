@@ -7,7 +7,8 @@ rows is judged by itself: its bits depend on neither threads nor blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from fedtl.clients.training import LINEAR, check_clients, check_heads
 from fedtl.errors import InputError
 from fedtl.types import ClientMetrics, Float32, Head, Int32, Int64, Population, Rows
 
+Right = list[npt.NDArray[np.bool_]]
+"""For each head, bool [n]: which of its rows it has right; a list that is given is added to."""
+
 
 def evaluate_clients(
     population: Population,
@@ -27,11 +31,12 @@ def evaluate_clients(
     split: str = "test",
     threads: int = 1,
     device: str = "cpu",
+    right: Right | None = None,
 ) -> ClientMetrics:
     """Judge one head on each client's rows of ``split`` ("train" or "test")."""
     check_clients(population, clients)
     heads = check_heads(population, head, None, len(clients))
-    return _judge_clients(population, heads, clients, split, threads, device)
+    return _judge_clients(population, heads, clients, split, threads, device, right)
 
 
 def evaluate_own(
@@ -42,6 +47,7 @@ def evaluate_own(
     split: str = "test",
     threads: int = 1,
     device: str = "cpu",
+    right: Right | None = None,
 ) -> ClientMetrics:
     """Judge head i (``heads`` are name -> [k, ...]) on client i's rows of ``split``."""
     check_clients(population, clients)
@@ -49,7 +55,7 @@ def evaluate_own(
         return _nothing(clients, heads)
     one = {name: tensor[0] for name, tensor in heads.items()}
     heads = check_heads(population, one, heads, len(clients))
-    return _judge_clients(population, heads, clients, split, threads, device)
+    return _judge_clients(population, heads, clients, split, threads, device, right)
 
 
 def evaluate_heads(
@@ -61,6 +67,7 @@ def evaluate_heads(
     *,
     threads: int = 1,
     device: str = "cpu",
+    right: Right | None = None,
 ) -> ClientMetrics:
     """Judge M heads (name -> [M, ...]) on the same rows; ``clients`` of the result is arange(M)."""
     num_heads = len(heads["bias"])
@@ -69,19 +76,27 @@ def evaluate_heads(
             "heads of another number of classes", got=heads["bias"].shape[1], allowed=num_classes
         )
     return _judge(
-        features, labels, [rows] * num_heads, np.arange(num_heads), heads, threads, device
+        features, labels, [rows] * num_heads, np.arange(num_heads), heads, threads, device, right
     )
 
 
 def _judge_clients(
-    population: Population, heads: Head, clients: Int64, split: str, threads: int, device: str
+    population: Population,
+    heads: Head,
+    clients: Int64,
+    split: str,
+    threads: int,
+    device: str,
+    right: Right | None,
 ) -> ClientMetrics:
     splits: dict[str, Rows] = {"train": population.train, "test": population.test}
     if split not in splits:
         raise InputError("unknown split", got=repr(split), allowed="train, test")
     rows = [splits[split].of(client) for client in clients.tolist()]
     try:
-        return _judge(population.features, population.labels, rows, clients, heads, threads, device)
+        return _judge(
+            population.features, population.labels, rows, clients, heads, threads, device, right
+        )
     except _BadLabel as error:
         raise label_error(population, int(clients[error.position]), error.num_classes) from None
 
@@ -107,11 +122,14 @@ def _judge(
     heads: Head,
     threads: int,
     device: str,
+    right: Right | None,
 ) -> ClientMetrics:
     """Head i, or the only one, on ``rows[i]``; ``heads`` are name -> [1 or k, ...]."""
     result = _nothing(clients, heads)
     num_classes = result.count.shape[1]
-    if set(heads) == LINEAR and device == "cpu":
+    answers = [np.zeros(len(own), np.bool_) for own in rows] if right is not None else []
+    fused = set(heads) == LINEAR and device == "cpu"
+    if fused:
         from fedtl.clients.kernel import EVERYTHING_FINE, evaluate_block
 
         weights, biases = (frozen(heads[name], np.float32) for name in ("weight", "bias"))
@@ -119,15 +137,18 @@ def _judge(
         def work(first: int, stop: int) -> None:
             block = block_rows(features, labels, rows[first:stop])
             part = slice(first, stop) if len(weights) > 1 else slice(None)
+            asked = answers[first:stop]
+            flat = np.empty(sum(map(len, asked)), np.bool_)
             bad = evaluate_block(
                 block.features, block.halves, block.labels, block.index, block.starts, block.stops,
                 weights[part], biases[part], result.loss_sum[first:stop],
-                result.correct[first:stop], result.count[first:stop],
+                result.correct[first:stop], result.count[first:stop], flat,
             )  # fmt: skip
             if bad != EVERYTHING_FINE:
                 raise _BadLabel(first + bad, num_classes)
+            _dealt(flat, asked)
     else:
-        from fedtl.clients.batched import judge, one_torch_thread
+        from fedtl.clients.batched import judge
 
         def work(first: int, stop: int) -> None:
             for i in range(first, stop):
@@ -135,13 +156,29 @@ def _judge(
                 own = labels[rows[i]]
                 if len(own) and (own.min() < 0 or own.max() >= num_classes):
                     raise _BadLabel(i, num_classes)
-                loss, right = judge(features, labels, rows[i], head, device)
+                loss, found = judge(features, labels, rows[i], head, device)
                 result.loss_sum[i] = loss
                 result.count[i] = np.bincount(own, minlength=num_classes)
-                result.correct[i] = np.bincount(own[right], minlength=num_classes)
+                result.correct[i] = np.bincount(own[found], minlength=num_classes)
+                if answers:
+                    answers[i][:] = found
 
-        with one_torch_thread():
-            run_blocks(work, len(rows), threads=threads)
-        return result
-    run_blocks(work, len(rows), threads=threads)
+    with nullcontext() if fused else _one_torch_thread():
+        run_blocks(work, len(rows), threads=threads)
+    if right is not None:
+        right.extend(answers)
     return result
+
+
+def _one_torch_thread() -> AbstractContextManager[None]:
+    from fedtl.clients.batched import one_torch_thread  # imports torch
+
+    return one_torch_thread()
+
+
+def _dealt(flat: npt.NDArray[np.bool_], answers: Sequence[npt.NDArray[np.bool_]]) -> None:
+    """Copies what lies head after head to each head's own array."""
+    place = 0
+    for answer in answers:
+        answer[:] = flat[place : place + len(answer)]
+        place += len(answer)

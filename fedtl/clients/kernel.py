@@ -353,7 +353,7 @@ def train_block(
 def evaluate_block(
     features: Float32, halves: npt.NDArray[np.uint16], labels: Int32,
     index: Int64, starts: Int64, stops: Int64, weights: Float32, biases: Float32,
-    loss_sum: Float64, correct: Int64, count: Int64,
+    loss_sum: Float64, correct: Int64, count: Int64, right: npt.NDArray[np.bool_],
 ) -> int:  # fmt: skip
     """Judge head i (or the only head) on rows ``index[starts[i]:stops[i]]``.
 
@@ -361,12 +361,14 @@ def evaluate_block(
         features, halves, labels, index, starts, stops, weights, biases: as for train_block.
         loss_sum: [k], summed cross-entropy, written.
         correct, count: [k, C], right predictions and examples by true class, added to.
+        right: which rows head i has right, head after head, written; [0] where nobody asks.
 
     Returns:
         EVERYTHING_FINE, or the first i whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
     work = _workplace(num_classes, width, len(halves) > 0, False)
+    place = 0
     for i in range(len(starts)):
         if _out_of_range(index[starts[i] : stops[i]], labels, num_classes):
             return i
@@ -384,6 +386,9 @@ def evaluate_block(
                         best = c
                 count[i, label] += 1
                 correct[i, label] += best == label
+                if len(right) > 0:
+                    right[place + s] = best == label
+            place += len(chosen)
             loss += _losses(labels, chosen, work)
         loss_sum[i] = loss
     return EVERYTHING_FINE

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
+from fedtl.clients.evaluation import Right
 from fedtl.plans import Personal, RoundPlan
 from fedtl.types import ClientMetrics, Float64, Head, Int32, Int64, Population
 
@@ -33,6 +35,7 @@ def judge_neighbours(
     splits: Sequence[Sequence[Int64]],
     *,
     threads: int = 1,
+    right: Sequence[Right | None] | None = None,
 ) -> list[ClientMetrics]:
     """Judge each planned client's mixture; of a single training row, or none, nobody votes.
 
@@ -41,6 +44,7 @@ def judge_neighbours(
         plan: its clients and its ``personal``; nothing else counts.
         splits: for each split the rows that client i is judged on, int64 [n_i].
         threads: clients at the same time; the result does not depend on it.
+        right: for each split where to add which of its rows are predicted right.
 
     Raises:
         InputError: labels outside the head's classes.
@@ -52,6 +56,7 @@ def judge_neighbours(
         ClientMetrics(plan.clients, np.zeros(shape[0]), np.zeros(shape, int), np.zeros(shape, int))
         for _ in splits
     ]
+    answers = [[np.zeros(len(rows), np.bool_) for rows in split] for split in splits]
 
     def work(first: int, stop: int) -> None:
         for i in range(first, stop):
@@ -60,11 +65,14 @@ def judge_neighbours(
                 labels_of(population, int(plan.clients[i]), rows, shape[1])
             voters = Voters.of(population, head, own, personal)
             share = chosen_share(population, head, own, voters, personal.choices)
-            for metrics, split in zip(found, splits, strict=True):
-                _judge(population, head, voters, share, split[i], metrics, i)
+            for metrics, split, answer in zip(found, splits, answers, strict=True):
+                _judge(population, head, voters, share, split[i], metrics, i, answer[i])
 
     with one_blas_thread():
         run_blocks(work, len(plan.clients), threads=threads)
+    for told, answer in zip(right or (), answers, strict=False):
+        if told is not None:
+            told.extend(answer)
     return found
 
 
@@ -76,17 +84,21 @@ def _judge(
     rows: Int64,
     metrics: ClientMetrics,
     i: int,
+    answer: npt.NDArray[np.bool_],
 ) -> None:
-    """Fill in row i of the metrics."""
+    """Fill in row i of the metrics, and which rows are right."""
+    place = 0
     for part in _parts(rows):
         seen, probabilities = shared_view(population, head, part)
         if share > 0:
             probabilities = share * voters.votes(seen) + (1 - share) * probabilities
         labels = population.labels[part]
-        right = labels[probabilities.argmax(axis=1) == labels]
+        hits = probabilities.argmax(axis=1) == labels
+        answer[place : place + len(part)] = hits
+        place += len(part)
         truth = probabilities[np.arange(len(part)), labels]
         metrics.loss_sum[i] -= np.log(np.maximum(truth, LEAST)).sum()
-        metrics.correct[i] += np.bincount(right, minlength=voters.num_classes)
+        metrics.correct[i] += np.bincount(labels[hits], minlength=voters.num_classes)
         metrics.count[i] += np.bincount(labels, minlength=voters.num_classes)
 
 

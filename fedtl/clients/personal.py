@@ -8,7 +8,8 @@ Ridge: W_k(rho) = (A_k + rho I)^-1 (B_k + rho W_g), from the client's own optimu
 everybody's (rho -> infinity); each client takes the rho with the least squared error over its own
 rows, each predicted without itself (PRESS; Allen 1974), in float64. W_g has seen these rows, which
 favours it. Prior: linear discriminant analysis with the client's own class frequencies,
-b_c - log pi_c + log pi_kc, where pi_kc = (n_kc + 1) / (n_k + C), so that no class is impossible.
+b_c - log pi_c + log pi_kc, or any head with tau log pi_kc added; BBSE: with frequencies estimated
+from predictions (both: ``priors``).
 
 pFedMe's theta is trained from the last head for as many steps as in a round.
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
-from fedtl.clients.evaluation import evaluate_heads, evaluate_own
+from fedtl.clients.evaluation import Right, evaluate_heads, evaluate_own
 from fedtl.clients.neighbours import judge_neighbours
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.personal_training import (
@@ -36,6 +37,7 @@ from fedtl.clients.personal_training import (
     training_of,
     with_own,
 )
+from fedtl.clients.priors import log_prior, shifted_heads
 from fedtl.clients.training import check_plan
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientMetrics, Float32, Float64, Head, Int64, Population
@@ -53,6 +55,7 @@ def judge_personal(
     store: PersonalStore | None = None,
     threads: int = 1,
     device: str = "cpu",
+    right: tuple[Right, Right] | None = None,
 ) -> tuple[ClientMetrics, ClientMetrics | None]:
     """Judge each client's own head or predictor on its own test rows, and on everybody's.
 
@@ -63,6 +66,7 @@ def judge_personal(
             ``personal`` say who makes what of the head.
         everyone: int64 [m], rows that all are judged on, or None.
         store: what the clients kept over the rounds.
+        right: where to add which rows each client has right: its own, and everybody's.
 
     Returns:
         Metrics with a row per planned client, on the own rows and on everybody's.
@@ -71,21 +75,24 @@ def judge_personal(
         InputError, EnvironmentFault: as ``personal_heads``.
     """
     clients = plan.clients
+    own_right, all_right = right if right is not None else (None, None)
     if asked(plan).method == "knnper":
         check_plan(population, plan)
         splits = [[population.test.of(client) for client in clients.tolist()]]
         if everyone is not None:
             splits.append([everyone] * len(clients))
-        found = judge_neighbours(population, head, plan, splits, threads=threads)
+        found = judge_neighbours(
+            population, head, plan, splits, threads=threads, right=(own_right, all_right)
+        )
         return found[0], found[1] if everyone is not None else None
     heads = personal_heads(population, head, plan, store=store, threads=threads, device=device)
-    own = evaluate_own(population, heads, clients, threads=threads, device=device)
+    own = evaluate_own(population, heads, clients, threads=threads, device=device, right=own_right)
     if everyone is None:
         return own, None
     num_classes = len(population.classes)
     abroad = evaluate_heads(
         population.features, population.labels, everyone, heads, num_classes,
-        threads=threads, device=device,
+        threads=threads, device=device, right=all_right,
     )  # fmt: skip
     return own, replace(abroad, clients=clients)
 
@@ -154,14 +161,16 @@ def _mixed(place: Place, head: Head, plan: RoundPlan) -> Stacked:
 
 def _with_priors(place: Place, head: Head, plan: RoundPlan) -> Stacked:
     heads = with_own(head, {}, len(plan.clients))
-    population, num_classes = place.population, len(head["bias"])
-    everybodys = np.array(asked(plan).choices)
+    num_classes, own = len(head["bias"]), asked(plan)
+    everybodys = np.array(own.choices)
     for i, client in enumerate(plan.clients.tolist()):
-        labels = labels_of(population, client, population.train.of(client), num_classes)
-        counts = np.bincount(labels, minlength=num_classes)
-        prior = np.log((counts + 1) / (len(labels) + num_classes))
+        prior = own.scale * log_prior(place.population, client, num_classes)
         heads["bias"][i] = (head["bias"] + (prior - everybodys)).astype(np.float32)
     return heads
+
+
+def _with_estimated_priors(place: Place, head: Head, plan: RoundPlan) -> Stacked:
+    return shifted_heads(place.population, head, plan)
 
 
 def _ridge_heads(place: Place, head: Head, plan: RoundPlan) -> Stacked:
@@ -261,4 +270,5 @@ _MAKE: Mapping[str, Callable[[Place, Head, RoundPlan], Stacked]] = {
     "apfl": _mixed,
     "ridge": _ridge_heads,
     "prior": _with_priors,
+    "bbse": _with_estimated_priors,
 }

@@ -6,13 +6,15 @@ FedProx's proximal term (Li et al. 2020, equation 2) and a correction of each cl
 
     step <- momentum * step + gradient + correction + decay * w + proximal * (w - start)
 
-(as torch.optim.SGD, step is 0 before the first), and use batches in the same order.
+(as torch.optim.SGD, step is 0 before the first), and use batches in the same order. Balanced
+softmax, where a plan asks for it, is a shift of the start (``priors``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -58,13 +60,31 @@ def train_clients(
     starts = check_heads(population, head, initial, len(plan.clients))
     if plan.corrections:
         check_stacked(plan.corrections, head, len(plan.clients), "the plan's corrections")
-    if set(head) == LINEAR and device == "cpu":
-        updates = _train_linear(population, starts, plan, threads, block_size)
-    else:
-        from fedtl.clients.batched import train_batched
+    train = partial(_trained, population, threads=threads, device=device, block_size=block_size)
+    if plan.training.prior_strength:
+        from fedtl.clients.priors import with_prior
 
-        updates = train_batched(population, starts, plan, threads=threads, device=device)
+        updates = with_prior(population, starts, plan, train)
+    else:
+        updates = train(starts, plan)
     return _reported(updates, population, head, plan, threads, device) if plan.reports else updates
+
+
+def _trained(
+    population: Population,
+    starts: Head,
+    plan: RoundPlan,
+    *,
+    threads: int,
+    device: str,
+    block_size: int | None,
+) -> ClientUpdates:
+    """Plain local training from starts [1 or k, ...]."""
+    if set(starts) == LINEAR and device == "cpu":
+        return _train_linear(population, starts, plan, threads, block_size)
+    from fedtl.clients.batched import train_batched
+
+    return train_batched(population, starts, plan, threads=threads, device=device)
 
 
 def _reported(

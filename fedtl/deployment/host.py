@@ -190,7 +190,7 @@ class PrivateHost:
         """Refuse what was not told when this client joined."""
         told = self._joined().tasks
         idle = plan.training.epochs == 0 and not (plan.reports or plan.corrections)
-        if plan.task not in told and not (plan.task == "train" and idle and plan.personal is None):
+        if plan.task not in told and not (plan.task == "train" and idle):
             raise SecurityRefusal(f"the server asks for {plan.task}, which it did not say before")
         if plan.personal is not None and PERSONAL not in told:
             raise SecurityRefusal("the server asks for a head of one's own, which it did not say")
@@ -248,6 +248,7 @@ class PrivateHost:
                         "partition": "natural",
                         "min_examples": facts.get("min_examples"),
                     },
+                    "adaptation": facts.get("adaptation"),
                     "backbone": announced.section,
                     "engine": self._engine,
                 }

@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fedtl.build import make_features, open_examples, population_of
+from fedtl.build import allowed_threads, make_features, open_examples, population_of
+from fedtl.clients.alignment import align
 from fedtl.data.arrays import load_arrays
 from fedtl.data.examples import BadFiles, Examples
 from fedtl.data.folder import load_folder
@@ -147,6 +148,10 @@ class Work:
                 got="".join(f"\n  {line}" for line in leaks.examples),
             )
         population = population_of(features)
+        if (kind := scenario.adaptation.features) == "coral":
+            raise Told("nobody has everybody's covariance, to which features were to be aligned")
+        if kind != "none":
+            population, _ = align(population, kind, threads=allowed_threads(scenario))
         self.notes = features.notes
         facts = {
             "ready": True,

@@ -25,6 +25,7 @@ from fedtl.interrupts import Interrupts
 from fedtl.results.files import write_atomic
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.rounds import Federation as Rounds
+from fedtl.scenario.adaptation_rules import check_real
 from fedtl.scenario.compatibility import check_cohort
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
@@ -72,6 +73,7 @@ def run_deployed(scenario: Scenario, path: Path, deployment: Deployment) -> dict
             got=repr(scenario.attack.kind),
             allowed='"none"',
         )
+    check_real(scenario)
     deployment.federation.join()
     refuse_taken(path)
     deployment.hint(path)

@@ -29,6 +29,7 @@ def make_terms(scenario: Scenario, backbone: Backbone) -> dict[str, Any]:
         "max_pixels": scenario.data.max_pixels,
         "min_examples": scenario.clients.min_examples,
         "tasks": tasks_of(scenario),
+        "adaptation": {name: getattr(scenario.adaptation, name) for name in ("input", "features")},
         "backbone": announce(backbone, scenario.backbone),
         "versions": machine.versions(),
     }

@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from fedtl.engines.alone import AloneMetrics, alone_request, read_alone_reply
 from fedtl.engines.exchange import Answer, Exchange, Request
 from fedtl.engines.wire import (
-    alone_request,
     evaluate_request,
     read_metrics,
     read_updates,
@@ -157,7 +157,9 @@ class FlowerEngine:
         trainings: Sequence[LocalTraining],
         batch_keys: UInt64,
         clients: Int64,
-    ) -> ClientMetrics:
+        shared: Head | None = None,
+        rivals: Sequence[RoundPlan] = (),
+    ) -> AloneMetrics:
         """Each client's own head after training alone, judged on its own test examples.
 
         The heads stay where they are. Clients that did not manage are missing; sorted by id.
@@ -166,13 +168,23 @@ class FlowerEngine:
             trainings: what a client does in each round.
             batch_keys: uint64 [rounds, k].
             clients: int64 [k], sorted.
+            shared, rivals: what the own heads are compared with, see ``alone.Alone``.
         """
+        num_classes, tests = len(self.roster.classes), self.roster.test
 
         def request(some: Int64) -> Request:
-            keys = batch_keys[:, np.searchsorted(clients, some)]
-            return alone_request(head, some, trainings, keys)
+            places = np.searchsorted(clients, some)
+            asked = [plan.part(places) for plan in rivals]
+            return alone_request(head, some, trainings, batch_keys[:, places], shared, asked)
 
-        return self._metrics("alone", request, head, clients, len(trainings))
+        def read(some: Int64, answer: Answer) -> AloneMetrics:
+            return read_alone_reply(some, num_classes, tests[some], len(rivals), answer.tensors)
+
+        limit = reply_bytes(len(clients), 16 * (num_classes + len(rivals)))
+        question = Question("alone", 0, request, read, limit, deadlines=len(trainings))
+        parts, _ = self._collect(question, clients)
+        none = np.zeros((0, len(rivals)), np.int64)
+        return AloneMetrics.join([AloneMetrics(self._nobody(), none, none), *parts])
 
     def judge_personal(self, head: Head, plan: RoundPlan) -> ClientMetrics:
         """What each client makes of the last head for itself, judged on its own test examples.
@@ -194,7 +206,6 @@ class FlowerEngine:
         request: Callable[[Int64], Request],
         head: Head,
         clients: Int64,
-        deadlines: int = 1,
     ) -> ClientMetrics:
         """Answers that are sums over the clients' own test examples."""
         num_classes = len(self.roster.classes)
@@ -203,13 +214,15 @@ class FlowerEngine:
             return read_metrics(some, num_classes, self.roster.test[some], answer.tensors)
 
         limit = reply_bytes(len(clients), 16 * num_classes)
-        question = Question(kind, 0, request, read, limit, deadlines=deadlines)
+        question = Question(kind, 0, request, read, limit)
         parts, _ = self._collect(question, clients)
-        counts = np.zeros((0, num_classes), np.int64)
-        nobody = ClientMetrics(np.empty(0, np.int64), np.empty(0), counts, counts)
-        joined = join_metrics([nobody, *parts])
+        joined = join_metrics([self._nobody(), *parts])
         order = np.argsort(joined.clients)
         return ClientMetrics(*(column[order] for column in vars(joined).values()))
+
+    def _nobody(self) -> ClientMetrics:
+        counts = np.zeros((0, len(self.roster.classes)), np.int64)
+        return ClientMetrics(np.empty(0, np.int64), np.empty(0), counts, counts)
 
     def close(self) -> None:
         """Let go of the nodes."""

@@ -12,18 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fedtl.clients.evaluation import evaluate_clients, evaluate_own
+import numpy as np
+
+from fedtl.clients.evaluation import Right, evaluate_clients, evaluate_own
 from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
+from fedtl.engines.alone import AloneMetrics, alone_reply, read_alone
 from fedtl.engines.exchange import ECHOED
 from fedtl.engines.wire import (
     PROTOCOL,
     Tensors,
     metrics_reply,
     pack,
-    read_alone,
     read_clients,
     read_head,
     read_plan,
@@ -33,7 +35,7 @@ from fedtl.engines.wire import (
 from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal, printable
 from fedtl.failpoints import failpoint
 from fedtl.plans import RoundPlan
-from fedtl.types import Head, Int64, Population
+from fedtl.types import ClientMetrics, Head, Int64, Population
 
 LARGEST_REQUEST = 2**30
 """Bytes: a head of a hundred million weights and more."""
@@ -239,37 +241,68 @@ class Node:
 
     def _alone(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
         """Clients that train alone over all rounds: their heads stay, their metrics leave."""
-        plans, head = read_alone(facts, tensors)
-        clients, population = plans[0].clients, self.host.population()
+        asked = read_alone(facts, tensors)
+        clients, population = asked.plans[0].clients, self.host.population()
         here = self.host.ids(clients)
         heads: Head | None = None
-        for plan in plans:
+        for plan in asked.plans:
             heads = train_clients(
                 population,
-                head,
+                asked.head,
                 replace(plan, clients=here),
                 threads=self.threads,
                 device=self.device,
                 initial=heads,
             ).tensors
         assert heads is not None
-        metrics = evaluate_own(population, heads, here, threads=self.threads, device=self.device)
-        return metrics_reply(replace(metrics, clients=clients))
+        own: Right = []
+        metrics = evaluate_own(
+            population, heads, here, threads=self.threads, device=self.device, right=own
+        )
+        beats = np.zeros((len(clients), len(asked.rivals)), np.int64)
+        loses = np.zeros_like(beats)
+        for r, rival in enumerate(asked.rivals):
+            for i, (theirs, mine) in enumerate(
+                zip(self._right(asked.shared, rival), own, strict=True)
+            ):
+                beats[i, r], loses[i, r] = (theirs & ~mine).sum(), (mine & ~theirs).sum()
+        return alone_reply(AloneMetrics(replace(metrics, clients=clients), beats, loses))
+
+    def _right(self, head: Head, plan: RoundPlan) -> Right:
+        """Which of their test examples the head, or what the clients make of it, has right."""
+        found: Right = []
+        if plan.personal is None:
+            evaluate_clients(
+                self.host.population(),
+                head,
+                self.host.ids(plan.clients),
+                threads=self.threads,
+                device=self.device,
+                right=found,
+            )
+        else:
+            self._judged(head, plan, found)
+        return found
+
+    def _judged(self, head: Head, plan: RoundPlan, right: Right | None = None) -> ClientMetrics:
+        """What the clients make of the last head for themselves, on their own tests."""
+        # nothing that is trained here leaves, so it is personal heads alone that need consent
+        self.host.consent(replace(plan, training=replace(plan.training, epochs=0)))
+        metrics, _ = judge_personal(
+            self.host.population(),
+            head,
+            replace(plan, clients=self.host.ids(plan.clients)),
+            store=self.host.store(),
+            threads=self.threads,
+            device=self.device,
+            right=None if right is None else (right, []),
+        )
+        return replace(metrics, clients=plan.clients)
 
     def _personal(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
         """What the clients make of the last head for themselves stays, its metrics leave."""
         plan, head = read_plan(facts, tensors)
-        self.host.consent(plan)
-        here = replace(plan, clients=self.host.ids(plan.clients))
-        metrics, _ = judge_personal(
-            self.host.population(),
-            head,
-            here,
-            store=self.host.store(),
-            threads=self.threads,
-            device=self.device,
-        )
-        return metrics_reply(replace(metrics, clients=plan.clients))
+        return metrics_reply(self._judged(head, plan))
 
 
 def _echo(asked: Mapping[str, Any]) -> dict[str, Any]:

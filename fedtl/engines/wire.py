@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn, get_args
 
@@ -35,10 +35,9 @@ from fedtl.types import (
     Int64,
     Layers,
     LocalTraining,
-    UInt64,
 )
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever an older server or client could misread what is sent."""
 
 MESSAGE_TYPES: Mapping[str, str] = {
@@ -94,38 +93,38 @@ def unpack(content: bytes, max_bytes: int) -> tuple[dict[str, Any], dict[str, np
         InputError: whatever is wrong with it; nothing larger than the blob was allocated.
     """
     if len(content) > max_bytes:
-        _refuse("it is too large", f"{len(content)} bytes", f"at most {max_bytes}")
+        refuse("it is too large", f"{len(content)} bytes", f"at most {max_bytes}")
     header_bytes = int.from_bytes(content[:8], "little") if len(content) >= 8 else -1
     if not 2 <= header_bytes <= min(MAX_HEADER, len(content) - 8):
-        _refuse("its header is longer than itself, or missing", f"{len(content)} bytes")
+        refuse("its header is longer than itself, or missing", f"{len(content)} bytes")
     header = _json(content[8 : 8 + header_bytes], "its header")
     facts = _facts(header.pop("__metadata__", None))
     if len(header) > MAX_TENSORS:
-        _refuse("it has too many tensors", len(header), f"at most {MAX_TENSORS}")
+        refuse("it has too many tensors", len(header), f"at most {MAX_TENSORS}")
     body, tensors, used = memoryview(content)[8 + header_bytes :], {}, 0
     for name, entry in header.items():
         tensor, first, stop = _tensor(name, entry, body)
         if first != used:
-            _refuse(f"tensor {name!r} does not begin where the one before it ends")
+            refuse(f"tensor {name!r} does not begin where the one before it ends")
         tensors[name], used = tensor, stop
     if used != len(body):
-        _refuse("its tensors do not fill it", f"{len(body)} bytes", f"{used}")
+        refuse("its tensors do not fill it", f"{len(body)} bytes", f"{used}")
     return facts, tensors
 
 
 def _tensor(name: str, entry: Any, body: memoryview) -> tuple[npt.NDArray[Any], int, int]:
     """One tensor and the range of bytes it takes."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse(f"tensor {name!r} is not described as tensors are")
+        refuse(f"tensor {name!r} is not described as tensors are")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        _refuse(f"tensor {name!r} has a wrong type", entry["dtype"], ", ".join(DTYPES))
+        refuse(f"tensor {name!r} has a wrong type", entry["dtype"], ", ".join(DTYPES))
     if not _sizes(shape) or len(shape) > MAX_AXES or not _sizes(offsets) or len(offsets) != 2:
-        _refuse(f"tensor {name!r} has no proper shape or place")
+        refuse(f"tensor {name!r} has no proper shape or place")
     dtype = np.dtype(DTYPES[entry["dtype"]])
     count, (first, stop) = math.prod(shape), offsets
     if not first <= stop <= len(body) or stop - first != count * dtype.itemsize:
-        _refuse(f"tensor {name!r} has another size than its shape", f"{stop - first} bytes", shape)
+        refuse(f"tensor {name!r} has another size than its shape", f"{stop - first} bytes", shape)
     if count == 0:
         return np.empty(_empty(shape), dtype), first, stop
     tensor = np.frombuffer(body, dtype, count, first).reshape(shape)
@@ -140,16 +139,16 @@ def _sizes(values: Any) -> bool:
 def _empty(shape: list[int]) -> list[int]:
     """The shape of an empty array, if NumPy can have it."""
     if math.prod(size for size in shape if size) >= 2**48:
-        _refuse("an empty tensor has an absurd shape", shape)
+        refuse("an empty tensor has an absurd shape", shape)
     return shape
 
 
 def _facts(metadata: Any) -> dict[str, Any]:
     if not isinstance(metadata, dict) or set(metadata) != {FACTS}:
-        _refuse("it holds no facts")
+        refuse("it holds no facts")
     text = metadata[FACTS]
     if not isinstance(text, str):
-        _refuse("its facts are no text")
+        refuse("its facts are no text")
     return _json(text, "what it says")
 
 
@@ -158,9 +157,9 @@ def _json(text: str | bytes, what: str) -> dict[str, Any]:
     try:
         found = json.loads(text, parse_constant=_constant, parse_float=_finite)
     except (ValueError, RecursionError):
-        _refuse(f"{what} cannot be read")
+        refuse(f"{what} cannot be read")
     if not isinstance(found, dict):
-        _refuse(f"{what} is no table")
+        refuse(f"{what} is no table")
     return found
 
 
@@ -175,7 +174,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _refuse(what: str, got: object = None, allowed: object = None) -> NoReturn:
+def refuse(what: str, got: object = None, allowed: object = None) -> NoReturn:
+    """Raises InputError for a message that is not what it should be."""
     raise InputError(f"a malformed message: {what}", got=got, allowed=allowed)
 
 
@@ -200,26 +200,24 @@ def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, He
     task: Any = facts.get("task")
     reports = facts.get("reports")
     if task not in get_args(Task):
-        _refuse("it asks for an unknown task")
+        refuse("it asks for an unknown task")
     if not isinstance(reports, list) or not set(map(str, reports)) <= set(get_args(Report)):
-        _refuse("it asks for an unknown report")
+        refuse("it asks for an unknown report")
     head = read_head(tensors)
     plan = RoundPlan(
         whole(facts, "round"),
         clients,
         keys,
-        _record(facts.get("training"), "training", SGD),
+        record(facts.get("training"), "training", SGD),
         task=task,
         corrections=_corrections(tensors, head, len(clients)),
         reports=tuple(reports),
         **{
-            name: _record(facts[name], name, like)
-            for name, like in OPTIONS.items()
-            if name in facts
+            name: record(facts[name], name, like) for name, like in OPTIONS.items() if name in facts
         },
     )
     if task == "statistics" and plan.statistics is None:
-        _refuse("it does not say which statistics")
+        refuse("it does not say which statistics")
     named = (
         (plan.compression and plan.compression.kind, Packing),
         (plan.personal and plan.personal.method, Personalisation),
@@ -227,7 +225,7 @@ def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, He
     )
     for given, known in named:
         if given is not None and given not in get_args(known):
-            _refuse("it asks for something unknown", given, ", ".join(get_args(known)))
+            refuse("it asks for something unknown", given, ", ".join(get_args(known)))
     _bounded(plan, head)
     return plan, head
 
@@ -236,13 +234,13 @@ def _bounded(plan: RoundPlan, head: Head) -> None:
     """Refuse what could not be answered, or only with more memory than any answer may take."""
     asked = plan.statistics
     if asked is not None and not 0 <= asked.random_features <= MOST_RANDOM_FEATURES:
-        _refuse("it asks for too many random features", asked.random_features)
+        refuse("it asks for too many random features", asked.random_features)
     if plan.personal is not None and not 0 <= plan.personal.neighbours < 2**31:
-        _refuse("it asks for an impossible number of neighbours", plan.personal.neighbours)
+        refuse("it asks for an impossible number of neighbours", plan.personal.neighbours)
     if "weight" not in head or head["weight"].ndim != 2:
-        _refuse("it has no head")
+        refuse("it has no head")
     if plan.up_bytes(head) * len(plan.clients) > LARGEST_ANSWER:
-        _refuse("its answer would be too large", plan.up_bytes(head), f"{LARGEST_ANSWER} bytes")
+        refuse("its answer would be too large", plan.up_bytes(head), f"{LARGEST_ANSWER} bytes")
 
 
 def _corrections(tensors: Tensors, head: Head, num_clients: int) -> dict[str, Float32]:
@@ -251,7 +249,7 @@ def _corrections(tensors: Tensors, head: Head, num_clients: int) -> dict[str, Fl
     for name, tensor in found.items():
         shape = (num_clients, *head[name].shape) if name in head else None
         if tensor.dtype != np.float32 or tensor.shape != shape or len(found) != len(head):
-            _refuse("its corrections do not fit the head")
+            refuse("its corrections do not fit the head")
     return found
 
 
@@ -269,12 +267,12 @@ def read_updates(round: int, clients: Int64, tensors: Tensors) -> ClientUpdates:
     """
     answered = _vector(tensors, "clients", np.int64)
     if not np.array_equal(answered, clients):
-        _refuse("it answers for other clients than it was asked for")
+        refuse("it answers for other clients than it was asked for")
     examples = _vector(tensors, "examples", np.int64, len(clients))
     loss = _vector(tensors, "loss", np.float64, len(clients))
     extra = set(tensors) - {"clients", "examples", "loss"}
     if strange := sorted(name for name in extra if not name.startswith(HEAD)):
-        _refuse(f"it has a tensor {strange[0]!r} that nobody asked for")
+        refuse(f"it has a tensor {strange[0]!r} that nobody asked for")
     return ClientUpdates(round, answered, read_head(tensors), examples, loss)
 
 
@@ -286,29 +284,6 @@ def evaluate_request(head: Head, clients: Int64) -> tuple[dict[str, Any], Tensor
 def read_clients(tensors: Tensors) -> Int64:
     """Whom a request is about, int64 [k]."""
     return _vector(tensors, "clients", np.int64)
-
-
-def alone_request(
-    head: Head, clients: Int64, trainings: Sequence[LocalTraining], batch_keys: UInt64
-) -> tuple[dict[str, Any], Tensors]:
-    """Asks for clients trained alone over all rounds; ``batch_keys`` is uint64 [rounds, k]."""
-    facts = {"trainings": [asdict(training) for training in trainings]}
-    return facts, {"clients": clients, "batch_keys": batch_keys, **_sent(head)}
-
-
-def read_alone(facts: Mapping[str, Any], tensors: Tensors) -> tuple[list[RoundPlan], Head]:
-    """Every round's plan, and the head all of them begin with."""
-    clients, trainings = read_clients(tensors), facts.get("trainings")
-    keys = tensors.get("batch_keys")
-    if not isinstance(trainings, list) or not trainings:
-        _refuse("it names no trainings")
-    if keys is None or keys.dtype != np.uint64 or keys.shape != (len(trainings), len(clients)):
-        _refuse("it has no batch keys for every round and client")
-    plans = [
-        RoundPlan(round, clients, keys[round - 1], _record(training, "training", SGD))
-        for round, training in enumerate(trainings, 1)
-    ]
-    return plans, read_head(tensors)
 
 
 def metrics_reply(metrics: ClientMetrics) -> tuple[dict[str, Any], Tensors]:
@@ -326,15 +301,15 @@ def read_metrics(clients: Int64, num_classes: int, tests: Int64, tensors: Tensor
     loss = _vector(tensors, "loss_sum", np.float64, len(clients))
     correct, count = tensors.get("correct"), tensors.get("count")
     if not np.array_equal(answered, clients) or set(tensors) != set(METRICS):
-        _refuse("it answers something else than it was asked for")
+        refuse("it answers something else than it was asked for")
     shape = (len(clients), num_classes)
     for values in (correct, count):
         if values is None or values.dtype != np.int64 or values.shape != shape:
-            _refuse(f"its counts are no int64 of shape {shape}")
+            refuse(f"its counts are no int64 of shape {shape}")
     assert correct is not None
     assert count is not None
     if (correct < 0).any() or (correct > count).any() or (count.sum(axis=1) != tests).any():
-        _refuse("its counts are not those of its test examples")
+        refuse("its counts are not those of its test examples")
     return ClientMetrics(answered, loss, correct, count)
 
 
@@ -354,7 +329,7 @@ def whole(facts: Mapping[str, Any], name: str) -> int:
     """A whole number among the facts, not negative."""
     value = facts.get(name)
     if type(value) is not int or not 0 <= value < 2**48:
-        _refuse(f"{name} is no whole number")
+        refuse(f"{name} is no whole number")
     return value
 
 
@@ -368,13 +343,13 @@ def _vector(
     """A column of a message, one value per client."""
     values = tensors.get(name)
     if values is None or values.dtype != dtype or values.ndim != 1:
-        _refuse(f"it has no proper column {name!r}")
+        refuse(f"it has no proper column {name!r}")
     if length is not None and len(values) != length:
-        _refuse(f"column {name!r} has another length", len(values), length)
+        refuse(f"column {name!r} has another length", len(values), length)
     return values
 
 
-def _record(content: Any, name: str, like: Any) -> Any:
+def record(content: Any, name: str, like: Any) -> Any:
     """One of fedtl's records, each field of its own type; what is too large is the kernel's to say.
 
     Args:
@@ -382,6 +357,6 @@ def _record(content: Any, name: str, like: Any) -> Any:
     """
     kinds = {f: list if type(v) is tuple else type(v) for f, v in vars(like).items()}
     if not isinstance(content, dict) or {n: type(v) for n, v in content.items()} != kinds:
-        _refuse(f"it has no proper {name}")
+        refuse(f"it has no proper {name}")
     lists = {field: tuple(value) for field, value in content.items() if isinstance(value, list)}
     return type(like)(**{**content, **lists})

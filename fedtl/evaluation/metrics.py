@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fedtl.results.evenness import WORST_FRACTION
 from fedtl.results.records import CLIENTS
 from fedtl.types import ClientMetrics, Float64, Int64
-
-WORST_FRACTION = 0.1
-"""The "worst decile" is the mean over the worst tenth of clients, at least one."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedtl import seeding
+from fedtl.clients.evaluation import Right
 from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
+from fedtl.clients.priors import informed
+from fedtl.evaluation.answers import Answers
 from fedtl.evaluation.references import HEADS_AT_A_TIME, Judge, Judgement, judged
 from fedtl.plans import Personal, RoundPlan
 from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, join_metrics
@@ -50,11 +53,17 @@ def judge_personalised(
     Returns:
         ``accuracy`` is over all test examples, each judged by its own client's head;
         ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
+
+    Raises:
+        InputError: BBSE's confusion matrix cannot be inverted well.
     """
+    personal = informed(judge.population, head, personal, judge.threads)
     own: list[ClientMetrics] = []
     everyone: list[ClientMetrics] = []
+    answers: list[Answers] = []
     for start in range(0, len(judge.clients), HEADS_AT_A_TIME):
         check()
+        right: tuple[Right, Right] = ([], [])
         clients = judge.clients[start : start + HEADS_AT_A_TIME]
         plan = last_plan(personal, training, rounds, seed, clients)
         mine, abroad = judge_personal(
@@ -65,8 +74,18 @@ def judge_personalised(
             store=store,
             threads=judge.threads,
             device=judge.device,
+            right=right,
         )
         assert abroad is not None
         own.append(mine)
         everyone.append(abroad)
-    return judged(join_metrics(own), join_metrics(everyone), len(judge.everyone))
+        answers.append(Answers.of(*right))
+    return judged(
+        join_metrics(own), join_metrics(everyone), len(judge.everyone), Answers.join(answers)
+    )
+
+
+def forgotten(shared: Judgement, tuned: Judgement) -> float | None:
+    """What the clients' tuned heads lose of the shared one's accuracy on everybody's examples."""
+    before, after = shared.facts["accuracy_everyone"], tuned.facts["accuracy_everyone"]
+    return None if before is None or after is None else before - after

@@ -1,30 +1,33 @@
-"""What the federated head is compared with: each client alone, and everybody pooled.
+"""What the federated head is compared with: each client alone, the best of them, everybody pooled.
 
 Every head is judged twice: on the client's own test examples ("test") and on everybody's
-("everyone"), because on real domains the two can give opposite verdicts.
+("everyone"), because on real domains the two can give opposite verdicts. Which examples it has
+right is remembered until heads are compared, pair by pair, and then forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fedtl import seeding
-from fedtl.clients.evaluation import evaluate_clients, evaluate_heads, evaluate_own
+from fedtl.clients.evaluation import Right, evaluate_clients, evaluate_heads, evaluate_own
 from fedtl.clients.training import train_clients
-from fedtl.evaluation.contributions import Contribution
-from fedtl.evaluation.metrics import PerClient, defined, nullable, overall, per_client
+from fedtl.evaluation.answers import Answers
+from fedtl.evaluation.metrics import PerClient, defined, overall, per_client
 from fedtl.evaluation.pooled import fit_pooled
 from fedtl.plans import RoundPlan
-from fedtl.results.records import CLIENTS, Complete
 from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, Population, join_metrics
 
 HEADS_AT_A_TIME = 256
 """Local heads held in memory together: 256 heads of 512 x 10 are 5 MB."""
+
+
+CHOICE_EXAMPLES = 10_000
+"""At most so many of everybody's training examples (seeded) choose the best of own heads."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Judgement:
             ``accuracy_everyone`` on everybody's.
         own: metrics of each client's head on its own test examples.
         everyone: metrics of each client's head on everybody's test examples.
+        sums: what ``own`` follows from.
+        answers: which examples are right; None where they stayed with the clients.
         head: the judged one, where all share it and it is asked for later.
     """
 
@@ -44,6 +49,8 @@ class Judgement:
     facts: dict[str, Any]
     own: PerClient
     everyone: PerClient
+    sums: ClientMetrics
+    answers: Answers | None = None
     head: Head | None = None
 
 
@@ -64,16 +71,21 @@ class Judge:
     threads: int
     device: str
 
-    def on_everyone(self, heads: Head) -> ClientMetrics:
+    def on_everyone(self, heads: Head, right: Right | None = None) -> ClientMetrics:
         """M heads (leading axis) on everybody's test examples."""
+        return self.on_rows(self.everyone, heads, right)
+
+    def on_rows(self, rows: Int64, heads: Head, right: Right | None = None) -> ClientMetrics:
+        """M heads (leading axis) on some rows."""
         return evaluate_heads(
             self.population.features,
             self.population.labels,
-            self.everyone,
+            rows,
             heads,
             len(self.population.classes),
             threads=self.threads,
             device=self.device,
+            right=right,
         )
 
 
@@ -87,12 +99,22 @@ def everyone_rows(population: Population, clients: Int64, limit: int, seed: int)
     return rows[np.sort(picked)]
 
 
+def choice_rows(population: Population, seed: int) -> Int64:
+    """Everybody's training rows, or a seeded sample of CHOICE_EXAMPLES of them."""
+    rows = np.sort(population.train.index)
+    if len(rows) <= CHOICE_EXAMPLES:
+        return rows
+    picked = seeding.generator(seed, "best_client").choice(len(rows), CHOICE_EXAMPLES, False)
+    return rows[np.sort(picked)]
+
+
 def judge_alone(
     judge: Judge,
     head: Head,
     trainings: Sequence[LocalTraining],
     seed: int,
     check: Callable[[], None] = lambda: None,
+    choosing: Int64 | None = None,
 ) -> Judgement:
     """Each client trains alone: the federation's rounds, every one of them, and nobody to average.
 
@@ -102,13 +124,18 @@ def judge_alone(
     Args:
         trainings: what a client does in each round, its learning rate on schedule.
         check: called before each round; may raise to stop.
+        choosing: training rows int64 [n] by which the best of these heads is found, or None.
 
     Returns:
         ``accuracy`` is over all test examples, each judged by its own client's head;
         ``accuracy_everyone`` is the mean over clients of their head's accuracy on everybody's.
+        With ``choosing``, ``head`` is the one that has most of these rows right (of equal ones the
+        first), and the facts name its client.
     """
     own: list[ClientMetrics] = []
     everyone: list[ClientMetrics] = []
+    answers: list[Answers] = []
+    best, chosen, most = None, -1, -1
     for clients in _chunks(judge.clients, HEADS_AT_A_TIME):
         heads: Head | None = None
         for round, training in enumerate(trainings, 1):
@@ -123,14 +150,45 @@ def judge_alone(
                 initial=heads,
             ).tensors
         assert heads is not None
+        at_home: Right = []
+        abroad: Right = []
         mine = evaluate_own(
-            judge.population, heads, clients, threads=judge.threads, device=judge.device
+            judge.population,
+            heads,
+            clients,
+            threads=judge.threads,
+            device=judge.device,
+            right=at_home,
         )
-        abroad = replace(judge.on_everyone(heads), clients=clients)
         own.append(mine)
-        everyone.append(abroad)
-    judgement = judged(join_metrics(own), join_metrics(everyone), len(judge.everyone))
+        everyone.append(replace(judge.on_everyone(heads, abroad), clients=clients))
+        answers.append(Answers.of(at_home, abroad))
+        if choosing is not None:
+            hits = judge.on_rows(choosing, heads).correct.sum(axis=1)
+            place = int(np.argmax(hits))
+            if hits[place] > most:
+                most, chosen = int(hits[place]), int(clients[place])
+                best = {name: tensor[place].copy() for name, tensor in heads.items()}
+    judgement = judged(
+        join_metrics(own), join_metrics(everyone), len(judge.everyone), Answers.join(answers)
+    )
     judgement.facts["epochs"] = sum(training.epochs for training in trainings)
+    if best is not None and choosing is not None:
+        judgement.facts["best_client"] = judge.population.names[chosen]
+        judgement.facts["best_client_train_accuracy"] = most / max(1, len(choosing))
+    return replace(judgement, head=best)
+
+
+def judge_best(judge: Judge, alone: Judgement) -> Judgement:
+    """The best of the clients' own heads as if it were everybody's.
+
+    Args:
+        alone: as ``judge_alone`` gives it, with a head chosen on training rows.
+    """
+    assert alone.head is not None
+    judgement = judge_shared(judge, alone.head)
+    judgement.facts["client"] = alone.facts["best_client"]
+    judgement.facts["train_accuracy"] = alone.facts["best_client_train_accuracy"]
     return judgement
 
 
@@ -189,11 +247,17 @@ def _squares(head: Head) -> float:
 
 def judge_shared(judge: Judge, head: Head) -> Judgement:
     """One head that all clients share: on each client's own test examples and on everybody's."""
+    answers: tuple[Right, Right] = ([], [])
     own = evaluate_clients(
-        judge.population, head, judge.clients, threads=judge.threads, device=judge.device
+        judge.population,
+        head,
+        judge.clients,
+        threads=judge.threads,
+        device=judge.device,
+        right=answers[0],
     )
-    shared = judge.on_everyone({name: tensor[None] for name, tensor in head.items()})
-    return judged(own, for_each(shared, judge.clients), len(judge.everyone))
+    shared = judge.on_everyone({name: tensor[None] for name, tensor in head.items()}, answers[1])
+    return judged(own, for_each(shared, judge.clients), len(judge.everyone), Answers.of(*answers))
 
 
 def for_each(shared: ClientMetrics, clients: Int64) -> ClientMetrics:
@@ -207,52 +271,19 @@ def for_each(shared: ClientMetrics, clients: Int64) -> ClientMetrics:
     )
 
 
-def judged(own: ClientMetrics, everyone: ClientMetrics, num_everyone: int) -> Judgement:
+def judged(
+    own: ClientMetrics,
+    everyone: ClientMetrics,
+    num_everyone: int,
+    answers: Answers | None = None,
+) -> Judgement:
     """A judgement from sums: on each client's own test examples and on ``num_everyone`` of all."""
     each, everywhere = per_client(own), per_client(everyone)
     facts: dict[str, Any] = dict(overall(own).as_facts())
     facts["accuracy_everyone"] = defined(float(np.mean(everywhere.accuracy)))
     facts["examples_everyone"] = num_everyone
     facts["clients"] = len(own.clients)
-    return Judgement(own.clients, facts, each, everywhere)
-
-
-def beside(
-    references: Mapping[str, Judgement],
-    last_round: int,
-    contributions: Sequence[Contribution] = (),
-) -> Complete:
-    """Puts the references' metrics beside the federated head's, in the last round's rows.
-
-    Args:
-        references: judgements by name (``local_only``, ``centralised``).
-        last_round: in whose rows they belong.
-        contributions: what each client brings, by its statistics; beside its own tests.
-    """
-    values: dict[tuple[str, str], dict[int, float | None]] = {}
-    for whose in ("own", "others"):
-        values["test", f"contribution_{whose}"] = {
-            one.client: defined(getattr(one, f"gain_{whose}")) for one in contributions
-        }
-    for name, judgement in references.items():
-        for split, each in (("test", judgement.own), ("everyone", judgement.everyone)):
-            for metric in ("accuracy", "loss"):
-                column = nullable(getattr(each, metric))
-                clients = judgement.clients.tolist()
-                values[split, f"{name}_{metric}"] = dict(zip(clients, column, strict=True))
-
-    def complete(batch: pa.RecordBatch) -> pa.RecordBatch:
-        # every batch holds one round and one split: that is how the loop appends them
-        if batch.num_rows == 0 or batch["round"][0].as_py() != last_round:
-            return batch
-        here, clients = batch["split"][0].as_py(), batch["client"].to_pylist()
-        for (split, name), found in values.items():
-            if split == here:
-                column = pa.array([found.get(client) for client in clients], pa.float64())
-                batch = batch.set_column(CLIENTS.get_field_index(name), name, column)
-        return batch
-
-    return complete
+    return Judgement(own.clients, facts, each, everywhere, own, answers)
 
 
 def _chunks(clients: Int64, size: int) -> Iterator[Int64]:

@@ -1,31 +1,57 @@
 """What the figures say, in words: is the federated head worth it, and for whom?
 
-Two accuracies count as clearly different when they are more than two standard errors apart, with
-two added successes and failures (Agresti and Caffo 2000), which keeps small samples honest. The
-examples are taken as independent draws, which is cautious for heads judged on the same ones.
+Two heads are compared by their answers to the same test examples, see ``significance``. Over all
+clients together every test example at home counts once; on everybody's tests, which every client's
+own head answers, as many as the average client's, see ``Pairs.average``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fedtl.evaluation.advice import ADVICE, EFFECTS, Compared, Counsel
+from fedtl.evaluation.metrics import defined
 from fedtl.evaluation.references import Judgement
-from fedtl.types import Float64, Int64
+from fedtl.evaluation.significance import Pairs, draws_needed, intervals, weigh
+from fedtl.scenario.schema import Verdict as Rule
+from fedtl.types import Float64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Federated minus alone over all compared clients, in accuracy.
+
+    Attributes:
+        difference: None where there are no examples.
+        interval: by the bootstrap, at 1 - level.
+        p_value: by the scenario's test.
+        outcome: "gain", "none" or "loss".
+    """
+
+    difference: float | None
+    interval: tuple[float, float] | None
+    p_value: float | None
+    outcome: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Headline and the lines under it, and the counts they rest on.
+    """Headline and the lines under it, and what they rest on.
 
     Attributes:
         better, worse, similar: clients for whom the federated head is better than, worse than or
             not distinguishable from their own head on their own test examples.
         best, worst: client index by the federated head's accuracy, or None where none is judged.
+        level, margin, test: when a difference counts, as the scenario has it.
+        home, everyone: all clients together; None where nothing is known.
+        effects, advice: clients by what federating does to them and what they are told; None
+            without own heads to compare with.
     """
 
     headline: str
@@ -35,51 +61,47 @@ class Verdict:
     similar: int
     best: int | None
     worst: int | None
+    level: float
+    margin: float
+    test: str
+    home: Difference | None = None
+    everyone: Difference | None = None
+    effects: Mapping[str, int] | None = None
+    advice: Mapping[str, int] | None = None
+
+    def as_facts(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
 
 
 def give_verdict(
-    federated: Judgement, alone: Judgement | None, pooled: Judgement | None, names: Sequence[str]
+    federated: Judgement,
+    alone: Judgement | None,
+    pooled: Judgement | None,
+    names: Sequence[str],
+    rule: Rule,
+    seed: int,
+    compared: Compared | None = None,
+    told: Counsel | None = None,
 ) -> Verdict:
     """Weigh the federated head against each client alone and against pooling.
 
     Args:
         names: the judged clients' names, in the judgements' order.
+        rule, seed: when a difference counts, and the seed of the bootstrap's draws.
+        compared: the federated head against ``alone``, of the same clients; needed with it.
+        told: what each of these clients is told; needed with it.
     """
-    lines: list[str] = []
-    better = worse = similar = 0
     right = _percent(federated.facts["accuracy"])
     headline = f"The federated head is right on {right} of all tests."
-    if alone is not None:
-        sign = compare(federated.own.accuracy, alone.own.accuracy, federated.own.examples)
-        judged = np.isfinite(federated.own.accuracy) & np.isfinite(alone.own.accuracy)
-        better, worse = int((sign > 0).sum()), int((sign < 0).sum())
-        similar = int(judged.sum()) - better - worse
-        found = _against(federated, alone)
-        lines.append(
-            f"At home (each client's own tests): federated {right}, "
-            f"alone {_percent(alone.facts['accuracy'])}: {_difference(found['home'])}."
-        )
-        if alone.facts["accuracy_everyone"] is None:  # own heads never left their clients
-            headline = HEADLINES_AT_HOME[found["home"][1]]
-            lines.append(
-                "Everywhere (everybody's tests): federated "
-                f"{_percent(federated.facts['accuracy_everyone'])}; the clients' own heads stayed "
-                "with them and are not known there."
-            )
-        else:
-            headline = HEADLINES[found["home"][1], found["everyone"][1]]
-            lines.append(
-                f"Everywhere (everybody's tests): federated "
-                f"{_percent(federated.facts['accuracy_everyone'])}, alone on average "
-                f"{_percent(alone.facts['accuracy_everyone'])}: {_difference(found['everyone'])}."
-            )
-        lines += [
-            f"Client by client at home: {better} clearly better off federated, {worse} clearly "
-            f"better off alone, {similar} too close to call.",
-        ]
+    lines: list[str] = []
+    found: dict[str, Any] = {"better": 0, "worse": 0, "similar": 0}
+    if alone is not None and compared is not None and told is not None:
+        headline, lines, found = _against(federated, alone, compared, told, rule, seed)
     if pooled is not None:
         gap = _number(pooled.facts["accuracy"]) - _number(federated.facts["accuracy"])
-        words = f"{_points(gap)[1:]} {'more' if gap > 0 else 'less'} than federating"
+        words = f"{100 * abs(gap):.1f} points {'more' if gap > 0 else 'less'} than federating"
+        words = "not comparable" if math.isnan(gap) else words
         lines.append(
             f"Pooling everybody's data would give {_percent(pooled.facts['accuracy'])}: "
             + (words if gap else "the same as federating")
@@ -91,7 +113,84 @@ def give_verdict(
             f"Best client {names[best]} {_percent(float(federated.own.accuracy[best]))}, "
             f"worst {names[worst]} {_percent(float(federated.own.accuracy[worst]))}."
         )
-    return Verdict(headline, tuple(lines), better, worse, similar, best, worst)
+    return Verdict(
+        headline,
+        tuple(lines),
+        best=best,
+        worst=worst,
+        level=rule.level,
+        margin=rule.margin,
+        test=rule.test,
+        **found,
+    )
+
+
+def _against(
+    federated: Judgement,
+    alone: Judgement,
+    compared: Compared,
+    told: Counsel,
+    rule: Rule,
+    seed: int,
+) -> tuple[str, list[str], dict[str, Any]]:
+    """Headline, lines and the verdict's own fields where clients were also trained alone."""
+    effects, advice = Counter(told.effects), Counter(told.advice)
+    home = difference(compared.home.together(), rule, seed)
+    abroad = None if compared.everyone is None else compared.everyone.average()
+    everyone = None if abroad is None else difference(abroad, rule, seed)
+    lines = [
+        "At home (each client's own tests): "
+        f"federated {_percent(federated.facts['accuracy'])}, "
+        f"alone {_percent(alone.facts['accuracy'])}: {_in_words(home, rule)}."
+    ]
+    everywhere = _percent(federated.facts["accuracy_everyone"])
+    if everyone is None:  # own heads never left their clients
+        headline = HEADLINES_AT_HOME[home.outcome]
+        lines.append(
+            f"Everywhere (everybody's tests): federated {everywhere}; "
+            "the clients' own heads stayed with them and are not known there."
+        )
+    else:
+        headline = HEADLINES[home.outcome, everyone.outcome]
+        lines.append(
+            f"Everywhere (everybody's tests): federated {everywhere}, alone on average "
+            f"{_percent(alone.facts['accuracy_everyone'])}: {_in_words(everyone, rule)}."
+        )
+    better, similar, worse = (effects[name] for name in EFFECTS)
+    lines += [
+        f"Client by client at home: {better} clearly better off federated, {worse} clearly "
+        f"better off alone, {similar} too close to call.",
+        "Advice to the clients: " + ", ".join(f"{name} {advice[name]}" for name in ADVICE) + ".",
+    ]
+    needed = draws_needed(len(told.advice), rule)
+    if needed is not None:
+        lines.append(
+            f"With so many clients {rule.draws} draws can show nothing: use verdict.draws = "
+            f'{needed} or verdict.test = "mcnemar".'
+        )
+    fields = {
+        "better": better,
+        "worse": worse,
+        "similar": similar,
+        "home": home,
+        "everyone": everyone,
+        "effects": {name: effects[name] for name in EFFECTS},
+        "advice": {name: advice[name] for name in ADVICE},
+    }
+    return headline, lines, fields
+
+
+def difference(pairs: Pairs, rule: Rule, seed: int) -> Difference:
+    """What one row of pairs says."""
+    found = weigh(pairs, rule, seed)
+    low, high = intervals(pairs, rule, seed)[0].tolist()
+    known = bool(pairs.examples[0])
+    return Difference(
+        defined(found.difference[0]),
+        (low, high) if known else None,
+        defined(found.p_value[0]),
+        {1: "gain", 0: "none", -1: "loss"}[int(found.sign[0])],
+    )
 
 
 HEADLINES: dict[tuple[str, str], str] = {
@@ -124,34 +223,6 @@ HEADLINES_AT_HOME = {
 """The same where the clients' own heads were judged at home only."""
 
 
-def compare(a: Float64, b: Float64, examples: Int64) -> npt.NDArray[np.int64]:
-    """1 where a is clearly larger than b, -1 where clearly smaller, 0 where too close to call.
-
-    Args:
-        a, b: accuracies in [0, 1], any shape; NaN compares as too close.
-        examples: how many each is measured on.
-    """
-    n = np.maximum(examples, 1)
-    low, high = (b * n + 1) / (n + 2), (a * n + 1) / (n + 2)
-    error = 2 * np.sqrt((high * (1 - high) + low * (1 - low)) / (n + 2))
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(np.abs(high - low) > error, np.sign(high - low), 0), np.int64)
-
-
-def _against(federated: Judgement, alone: Judgement) -> dict[str, tuple[float, str]]:
-    """Federated minus alone, and "gain", "none" or "loss": at home and on everybody's tests."""
-    found = {}
-    for place, metric, count in (
-        ("home", "accuracy", "examples"),
-        ("everyone", "accuracy_everyone", "examples_everyone"),
-    ):
-        a, b = _number(federated.facts[metric]), _number(alone.facts[metric])
-        examples = np.asarray(federated.facts[count])
-        sign = int(compare(np.asarray(a), np.asarray(b), examples))
-        found[place] = (a - b, {1: "gain", 0: "none", -1: "loss"}[sign])
-    return found
-
-
 def _extremes(accuracy: Float64) -> tuple[int | None, int | None]:
     if not np.isfinite(accuracy).any():
         return None, None
@@ -167,9 +238,13 @@ def _percent(value: object) -> str:
     return "undefined" if math.isnan(number) else f"{100 * number:.1f} %"
 
 
-def _difference(found: tuple[float, str]) -> str:
-    return _points(found[0]) + (", within noise" if found[1] == "none" else "")
+def _in_words(found: Difference, rule: Rule) -> str:
+    """The difference, and what speaks against counting it."""
+    if found.outcome != "none" or found.difference is None or found.p_value is None:
+        return _points(_number(found.difference))
+    why = "within noise" if found.p_value > rule.level else "too small to count"
+    return f"{_points(found.difference)}, {why}"
 
 
 def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f} points"
+    return "undefined" if math.isnan(difference) else f"{100 * difference:+.1f} points"

@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 
 from fedtl.errors import InputError, Problem
+from fedtl.scenario.adaptation_rules import ADAPTATION_RULES
+from fedtl.scenario.data_rules import DATA_RULES
 from fedtl.scenario.schema import Scenario
+from fedtl.scenario.strategies import CLOSED_FORMS as CLOSED_FORMS
 from fedtl.scenario.strategies import Bulyan, FLTrust, Krum, MultiKrum, TrimmedMean
-
-CLOSED_FORMS = ("fed3r", "afl", "fedncm", "fedlda", "ccvr", "fedcof", "personal_ridge")
-"""Strategies whose clients send statistics of their features, once."""
 
 UPDATE_ATTACKS = ("sign_flip", "gaussian", "inner_product", "alie", "min_max")
 """Attacks on what liars send; the others are on what they train on."""
@@ -23,69 +23,6 @@ UPDATE_ATTACKS = ("sign_flip", "gaussian", "inner_product", "alie", "min_max")
 def find_conflicts(scenario: Scenario) -> list[Problem]:
     """Every impossible combination in ``scenario``, empty where there is none."""
     return [problem for rule in RULES for problem in rule(scenario)]
-
-
-def _source(scenario: Scenario) -> Iterator[Problem]:
-    data = scenario.data
-    if data.source in ("folder", "arrays") and data.path is None:
-        what = "a folder of images" if data.source == "folder" else "an .npz or .csv file"
-        yield Problem("data.path", f'source "{data.source}" needs {what}', None, "a path")
-    if data.source == "digits" and data.path is not None:
-        yield Problem(
-            "data.path",
-            'source "digits" is embedded and reads no path',
-            repr(data.path),
-            do='Remove it, or set data.source = "folder" or "arrays"',
-        )
-    if data.source == "torchvision" and data.name is None:
-        yield Problem("data.name", 'source "torchvision" needs a data set', None, 'e.g. "CIFAR10"')
-    if data.source != "torchvision" and data.name is not None:
-        yield Problem(
-            "data.name",
-            f'source "{data.source}" has no named sets',
-            repr(data.name),
-            do='Remove it, or set data.source = "torchvision"',
-        )
-    if data.domains and data.source != "folder":
-        yield Problem(
-            "data.domains",
-            f'only source "folder" has a domain level, not "{data.source}"',
-            "true",
-            do="Remove it: arrays carry a `domain` column, digits have domains of their own",
-        )
-
-
-def _partition(scenario: Scenario) -> Iterator[Problem]:
-    clients, data = scenario.clients, scenario.data
-    wants_domains = clients.partition == "domain" or clients.within_domains
-    if wants_domains and (
-        data.source == "torchvision" or (data.source == "folder" and not data.domains)
-    ):
-        yield Problem(
-            "clients.partition",
-            f'a split by domain needs domains, and source "{data.source}" has none here',
-            do="Set data.domains = true for a <domain>/<class>/<image> folder",
-        )
-    if clients.partition == "natural" and data.source != "arrays":
-        yield Problem(
-            "clients.partition",
-            f'"natural" needs a `client` column, and source "{data.source}" has none',
-            do='Use data.source = "arrays" with `client`, or another partition',
-        )
-    if clients.within_domains and clients.partition in ("natural", "flwr_datasets"):
-        yield Problem(
-            "clients.within_domains",
-            f'"{clients.partition}" decides itself who holds what',
-            "true",
-            "false",
-        )
-    if (clients.partition == "flwr_datasets") != (clients.partitioner is not None):
-        yield Problem(
-            "clients.partitioner",
-            'goes with partition "flwr_datasets", and with no other',
-            repr(clients.partitioner),
-            do='e.g. partition = "flwr_datasets", partitioner = "LinearPartitioner"',
-        )
 
 
 def _backbone(scenario: Scenario) -> Iterator[Problem]:
@@ -110,6 +47,13 @@ def _references(scenario: Scenario) -> Iterator[Problem]:
     names = scenario.evaluation.references
     if len(set(names)) < len(names):
         yield Problem("evaluation.references", "names one twice", repr(names))
+    if "from_scratch" in names and scenario.backbone.name == "identity":
+        yield Problem(
+            "evaluation.references",
+            '"from_scratch" trains a network on images, and there are only features',
+            '"from_scratch"',
+            "any others",
+        )
 
 
 def _participation(scenario: Scenario) -> Iterator[Problem]:
@@ -333,7 +277,7 @@ def _everybody(scenario: Scenario) -> Iterator[Problem]:
 
 
 RULES = (
-    _source, _partition, _backbone, _references, _participation,
+    *DATA_RULES, *ADAPTATION_RULES, _backbone, _references, _participation,
     _known_cohort, _trusted, _attack, _closed_form, _compression, _local_steps, _every_answer,
     _everybody,
 )  # fmt: skip

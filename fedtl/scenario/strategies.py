@@ -25,6 +25,10 @@ MOST_RANDOM_FEATURES = 20_000
 """A Gram matrix of them has 3 GiB."""
 
 
+CLOSED_FORMS = ("fed3r", "afl", "fedncm", "fedlda", "ccvr", "fedcof", "personal_ridge")
+"""Strategies whose clients send statistics of their features, once."""
+
+
 class Averaging(Section):
     """What every strategy that averages has in common."""
 

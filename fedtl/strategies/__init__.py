@@ -181,14 +181,16 @@ def tasks_of(scenario: Scenario) -> list[str]:
     clients make heads of their own.
     """
     name, build = scenario.strategy.name, STRATEGIES[scenario.strategy.name]
-    if name == "lbfgs":
-        return ["gradient"]
-    tasks = ["statistics"] if name in CLOSED_FORMS else ["train"]
+    tasks = ["gradient" if name == "lbfgs" else "train"]
+    if name in CLOSED_FORMS:
+        tasks = ["statistics"]
     if scenario.head.initial == "fed3r":
         tasks.insert(0, "statistics")
     if name == "mime":
         tasks.append("gradient")
-    if hasattr(build, "personal") and getattr(scenario.strategy, "client_prior", True):
+    own = hasattr(build, "personal") and getattr(scenario.strategy, "client_prior", True)
+    tuned = "fine_tuned" in scenario.evaluation.references
+    if own or tuned or scenario.adaptation.prior in ("logit_adjustment", "bbse"):
         tasks.append("personal")
     return tasks
 

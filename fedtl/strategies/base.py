@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedtl.errors import InputError
 from fedtl.plans import Personal, RoundPlan
-from fedtl.types import ClientUpdates, Float64, Head, float32
+from fedtl.types import DOMAIN, ClientUpdates, Float64, Head, float32
 
 Weighting = Literal["examples", "uniform"]
 
@@ -36,10 +36,14 @@ class ServerState:
 
     @property
     def result(self) -> Head:
-        """The head that is judged and kept: slots ``result.<name>`` where a strategy has them."""
+        """The head that is judged and kept: slots ``result.<name>`` where a strategy has them.
+
+        A classifier of domains is no part of it.
+        """
         return {
             name: float32(self.slots[RESULT + name]) if RESULT + name in self.slots else tensor
             for name, tensor in self.head.items()
+            if not name.startswith(DOMAIN)
         }
 
 

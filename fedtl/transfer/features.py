@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,7 @@ class FeatureStore:
     """Stored features under ``root`` (default ``$FEDTL_CACHE``, else ``~/.cache/fedtl``)."""
 
     def __init__(self, root: Path | None = None) -> None:
-        default = Path(os.environ.get("FEDTL_CACHE") or "~/.cache/fedtl").expanduser()
-        self.root = root if root is not None else default
+        self.root = root or Path(os.environ.get("FEDTL_CACHE") or "~/.cache/fedtl").expanduser()
         self._folder = self.root / "features"
         self._quarantine = self._folder / "quarantine"
         self._exports = extraction.Exports(self.root / "trunks")
@@ -218,18 +218,24 @@ class FeatureStore:
             freed += _remove_folder(self._quarantine) + _remove_folder(self.root / "trunks")
         return freed
 
-    def _open_or_build(self, order: _Order, way: str, notes: list[str]) -> StoredFeatures:
-        key = order.key(way)
+    def entry(
+        self, key: str, fill: Callable[[Path], None], threads: int, notes: list[str]
+    ) -> tuple[Opened, bool]:
+        """An entry, verified, and whether it was there; if not, ``fill`` seals it in a folder."""
         with self._locked(key, notes):
             for stale in self._folder.glob(f".building-{key}-*"):
                 shutil.rmtree(stale, ignore_errors=True)  # its owner died: the lock is ours
-            folder = self._folder / key
-            found = self._sound(key, order.threads, notes)
+            found = self._sound(key, threads, notes)
             if not (cached := found is not None):
-                self._build(order, way, key)
-                found = entries.open_entry(folder, order.threads)
-            with writing("the feature store", folder):
-                os.utime(folder / entries.MANIFEST)  # last used
+                self._make(key, fill)
+                found = entries.open_entry(self._folder / key, threads)
+            with writing("the feature store", self._folder):
+                os.utime(self._folder / key / entries.MANIFEST)  # last used
+        return found, cached
+
+    def _open_or_build(self, order: _Order, way: str, notes: list[str]) -> StoredFeatures:
+        key = order.key(way)
+        found, cached = self.entry(key, partial(self._build, order, way), order.threads, notes)
         manifest, (matrix, content, kept) = found
         bad = [str(name) for name in manifest["bad"]]
         if bad:
@@ -245,7 +251,7 @@ class FeatureStore:
             way,
             matrix.nbytes,
             tuple(notes),
-            folder / entries.ARRAYS[0],
+            self._folder / key / entries.ARRAYS[0],
             float(manifest["max_difference"]),
         )
 
@@ -264,24 +270,22 @@ class FeatureStore:
             notes.append(f"stored features were damaged ({damage}); moved away and made again")
             return None
 
-    def _build(self, order: _Order, way: str, key: str) -> None:
-        backbone, images = order.backbone, order.images
-        forward = extraction.open_forward(
-            way,
-            backbone,
-            self._exports,
-            lambda: pipeline.sample_batch(images, backbone.preprocessing, 16),
-        )
-        self._check_disk(len(images), forward.dim, order.dtype)
+    def _make(self, key: str, fill: Callable[[Path], None]) -> None:
         with writing("the feature store", self._folder):
             folder = Path(tempfile.mkdtemp(prefix=f".building-{key}-", dir=self._folder))
         try:
-            self._fill(order, forward, folder)
+            fill(folder)
             with writing("the feature store", self._folder):
                 os.replace(folder, self._folder / key)
                 sync_folder(self._folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _build(self, order: _Order, way: str, folder: Path) -> None:
+        sample = partial(pipeline.sample_batch, order.images, order.backbone.preprocessing, 16)
+        forward = extraction.open_forward(way, order.backbone, self._exports, sample)
+        self.check_disk(len(order.images), forward.dim, order.dtype)
+        self._fill(order, forward, folder)
 
     def _fill(self, order: _Order, forward: extraction.Forward, folder: Path) -> None:
         images, count = order.images, len(order.images)
@@ -330,7 +334,8 @@ class FeatureStore:
         }
         entries.seal(folder, manifest, order.threads)
 
-    def _check_disk(self, rows: int, dim: int, dtype: str) -> None:
+    def check_disk(self, rows: int, dim: int, dtype: str) -> None:
+        """Raise EnvironmentFault where so many features do not fit."""
         needed = rows * (dim * np.dtype(dtype).itemsize + pipeline.CONTENT_BYTES + 8)
         free = shutil.disk_usage(self._folder).free
         if needed + _SPARE_BYTES > free:

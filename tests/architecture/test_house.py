@@ -21,9 +21,9 @@ FLOORS = (
     {"strategies", "engines", "evaluation"},
     {"planning", "rounds", "checkpoints"},
     {"build"},
-    {"conduct"},
+    {"conduct", "judging"},
     {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
-    {"check", "split", "gap", "lodo", "report"},
+    {"check", "backbone_choice", "input_checks", "split", "gap", "gap_terminal", "lodo", "report"},
     {"deployment", "parity", "api"},
     {"cli", "server_commands", "client_commands", "study_commands", "options"},
 )

@@ -60,7 +60,7 @@ def test_the_run_folder_is_as_designed(summary: dict, place: Path) -> None:
     names = {p.name for p in (place / "run").iterdir()}
     assert names == {
         "scenario.toml", "summary.json", "rounds.parquet", "clients.parquet", "head.safetensors",
-        "checkpoints", "events.jsonl",
+        "classes.parquet", "checkpoints", "events.jsonl",
     }  # fmt: skip
     clients = pd.read_parquet(place / "run" / "clients.parquet")
     assert set(clients["split"]) == {"train", "test", "everyone"}
@@ -79,6 +79,45 @@ def test_the_run_folder_is_as_designed(summary: dict, place: Path) -> None:
         )
         assert everyone[f"{name}_accuracy"].mean() == pytest.approx(facts["accuracy_everyone"])
         assert test[test["round"] < 20][f"{name}_accuracy"].isna().all()
+
+
+def test_the_verdicts_rest_on_the_tables(summary: dict, place: Path) -> None:
+    clients = pd.read_parquet(place / "run" / "clients.parquet")
+    last = clients[clients["round"] == 20]
+    own, everyone = (last[last["split"] == split] for split in ("test", "everyone"))
+    for frame in (own, everyone):
+        more = (frame["beats_local_only"] - frame["loses_to_local_only"]) / frame["examples"]
+        wanted = frame["accuracy"] - frame["local_only_accuracy"]
+        assert more.to_numpy(float) == pytest.approx(wanted.to_numpy(float))
+    assert own["verdict"].value_counts().to_dict() == {
+        name: count for name, count in summary["verdict"]["effects"].items() if count
+    }
+    assert own["advice"].value_counts().to_dict() == {
+        name: count for name, count in summary["verdict"]["advice"].items() if count
+    }
+    assert sum(summary["verdict"]["advice"].values()) == 10
+    assert (own["p_holm"] >= own["p_value"]).all()
+    assert own["calibration_error"].between(0, 1).all()
+    assert 0.9 < summary["calibration"]["auroc"] < 1
+    assert clients[clients["round"] < 20]["advice"].isna().all()
+
+
+def test_classes_are_those_of_the_clients(summary: dict, place: Path) -> None:
+    classes = pd.read_parquet(place / "run" / "classes.parquet")
+    assert (classes["train"].sum(), classes["test"].sum()) == (
+        summary["data"]["train"], summary["data"]["test"],
+    )  # fmt: skip
+    right = classes["correct"].sum() / classes["test"].sum()
+    assert right == pytest.approx(summary["final"]["accuracy"])
+    alone = classes["local_only_correct"].sum() / classes["test"].sum()
+    assert alone == pytest.approx(summary["references"]["local_only"]["accuracy"])
+    assert ((classes["train"] > 0) | (classes["test"] > 0)).all()
+    recalls = classes.groupby("class")[["correct", "test"]].sum()
+    for name, facts in summary["fairness"]["federated"]["classes"].items():
+        assert facts["recall"] == recalls["correct"][name] / recalls["test"][name]
+    by_clients = summary["fairness"]["federated"]["by_clients"]
+    assert by_clients["worst_decile"] == pytest.approx(summary["final"]["worst_decile_accuracy"])
+    assert by_clients["spread"] == pytest.approx(summary["final"]["spread"])
 
 
 def test_the_head_says_what_it_fits(summary: dict, place: Path) -> None:

@@ -121,3 +121,26 @@ def test_nobody_and_wrong_labels(kind: str) -> None:
         evaluate_clients(people, HEADS[kind], np.array([2, 3]))
     with pytest.raises(InputError, match="another number of classes"):
         evaluate_heads(people.features, people.labels, nobody, heads, 5)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_answers_one_by_one_are_the_counted_ones(kind: str, dtype: type) -> None:
+    people = oracle.federation(SIZES, 19, 4)
+    people = dataclasses.replace(people, features=people.features.astype(dtype))
+    clients, right = np.array([0, 1, 3, 4]), []
+    whole = evaluate_clients(people, HEADS[kind], clients, threads=2, right=right)
+    assert [len(one) for one in right] == people.test.counts[clients].tolist()
+    for i, client in enumerate(clients.tolist()):
+        labels = people.labels[people.test.of(client)]
+        assert np.bincount(labels[right[i]], minlength=4).tolist() == whole.correct[i].tolist()
+    rows, several_right = people.train.of(3), []
+    heads = several(kind, 40)
+    found = evaluate_heads(
+        people.features, people.labels, rows, heads, 4, threads=2, right=several_right
+    )
+    for i, one in enumerate(several_right):
+        labels = people.labels[rows]
+        assert np.bincount(labels[one], minlength=4).tolist() == found.correct[i].tolist()
+    plain = evaluate_heads(people.features, people.labels, rows, heads, 4, threads=2)
+    assert plain.loss_sum.tobytes() == found.loss_sum.tobytes()

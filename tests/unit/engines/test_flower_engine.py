@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 
 from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_own
+from fedtl.clients.personal import personal_heads
 from fedtl.clients.training import train_clients
 from fedtl.engines import LocalEngine
 from fedtl.engines.exchange import Answer, LocalExchange
@@ -21,7 +22,7 @@ from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.engines.node import Node, NotPrepared
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.plans import RoundPlan
+from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.validation import accept_updates
 from fedtl.types import LocalTraining, Population
 
@@ -356,10 +357,40 @@ def test_clients_train_alone_and_only_sums_come_back(nodes, population) -> None:
         heads = train_clients(population, HEAD, step, initial=heads).tensors
     wanted = evaluate_own(population, heads, clients)
     found = engine.train_alone(HEAD, trainings, keys, clients)
-    assert found.clients.tolist() == [0, 1, 3]
-    assert found.loss_sum.tobytes() == wanted.loss_sum.tobytes()
+    assert found.metrics.clients.tolist() == [0, 1, 3]
+    assert found.metrics.loss_sum.tobytes() == wanted.loss_sum.tobytes()
+    assert found.beats.shape == (3, 0)
     del nodes[11]
-    assert engine.train_alone(HEAD, trainings, keys, clients).clients.tolist() == [0, 3]
+    left = engine.train_alone(HEAD, trainings, keys, clients)
+    assert left.metrics.clients.tolist() == [0, 3]
+
+
+def test_clients_alone_say_how_often_only_one_head_is_right(nodes, population) -> None:
+    engine = made(nodes, population, real=True)
+    rng = np.random.default_rng(0)
+    shared = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in HEAD.items()}
+    clients, trainings = np.array([0, 1, 3]), [LocalTraining(2, 8, 0.1)]
+    keys = np.stack([seeding.client_keys(2, "local_only", 1, clients)])
+    itself = RoundPlan(2, clients, seeding.client_keys(2, "personal", 2, clients), trainings[0])
+    tuned = replace(itself, personal=Personal("finetune", epochs=1))
+    found = engine.train_alone(HEAD, trainings, keys, clients, shared, [itself, tuned])
+    heads = train_clients(population, HEAD, RoundPlan(1, clients, keys[0], trainings[0])).tensors
+    theirs = personal_heads(population, shared, tuned)
+    for i, client in enumerate(clients.tolist()):
+        x, y = (a[population.test.of(client)] for a in (population.features, population.labels))
+
+        def right(weight, bias, x=x, y=y):
+            return (x @ weight.T + bias).argmax(1) == y
+
+        own = right(heads["weight"][i], heads["bias"][i])
+        rivals = (
+            right(shared["weight"], shared["bias"]),
+            right(theirs["weight"][i], theirs["bias"][i]),
+        )
+        for r, other in enumerate(rivals):
+            assert found.beats[i, r] == (other & ~own).sum()
+            assert found.loses[i, r] == (own & ~other).sum()
+    assert found.beats.sum() + found.loses.sum() > 0
 
 
 class Dead(LocalExchange):

@@ -12,6 +12,7 @@ from fedtl import seeding
 from fedtl.clients.evaluation import evaluate_clients, evaluate_own
 from fedtl.clients.training import train_clients
 from fedtl.engines import wire
+from fedtl.engines.alone import alone_request
 from fedtl.engines.exchange import Correspondence, LocalExchange
 from fedtl.engines.node import Node, NotPrepared, Sent
 from fedtl.errors import EnvironmentFault, InputError
@@ -105,8 +106,9 @@ def test_alone_only_metrics_leave(host, population) -> None:
         step = RoundPlan(round, np.array([3]), keys[round - 1], trainings[round - 1])
         heads = train_clients(population, HEAD, step, initial=heads).tensors
     wanted = evaluate_own(population, heads, np.array([3]))
-    answer = ask(Node(host), "alone", *wire.alone_request(HEAD, np.array([3]), trainings, keys))
-    assert set(answer.tensors) == {"clients", "loss_sum", "correct", "count"}
+    answer = ask(Node(host), "alone", *alone_request(HEAD, np.array([3]), trainings, keys))
+    assert set(answer.tensors) == {"clients", "loss_sum", "correct", "count", "beats", "loses"}
+    assert answer.tensors["beats"].shape == (1, 0)
     assert answer.facts == {}
     assert answer.tensors["loss_sum"].tolist() == wanted.loss_sum.tolist()
     assert answer.tensors["correct"].tolist() == wanted.correct.tolist()

@@ -245,19 +245,6 @@ def test_metrics_must_count_the_clients_own_test_examples() -> None:
             wire.read_metrics(asked, 2, tests, {**tensors, change: value})
 
 
-def test_alone_arrives_with_every_rounds_keys() -> None:
-    trainings = [LocalTraining(1, 4, 0.1), LocalTraining(1, 4, 0.05)]
-    keys = np.arange(4, dtype=np.uint64).reshape(2, 2)
-    facts, tensors = travelled(wire.alone_request(HEAD, np.array([1, 5]), trainings, keys))
-    plans, _ = wire.read_alone(facts, tensors)
-    assert [p.training for p in plans] == trainings
-    assert [p.batch_keys.tolist() for p in plans] == [[0, 1], [2, 3]]
-    with pytest.raises(InputError, match="batch keys"):
-        wire.read_alone(facts, {**tensors, "batch_keys": keys[:1]})
-    with pytest.raises(InputError, match="trainings"):
-        wire.read_alone({}, tensors)
-
-
 def test_all_that_a_plan_may_hold_travels() -> None:
     corrections = {name: np.repeat(t[None] + 1, 2, axis=0) for name, t in HEAD.items()}
     sent = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from fedtl.clients.training import train_clients
 from fedtl.evaluation.pooled import fit_pooled
 from fedtl.evaluation.references import (
     Judge,
+    choice_rows,
     everyone_rows,
     from_optimum,
     judge_alone,
+    judge_best,
     judge_pooled,
     judge_shared,
 )
@@ -140,3 +143,97 @@ def test_without_a_finite_optimum_there_is_no_distance(
     pooled = judge_pooled(judge, zeros(population), weight_decay=0.1)
     pooled.facts["converged"] = False
     assert from_optimum(judge, zeros(population), pooled, 0.1)["optimum_distance"] is None
+
+
+def test_answers_are_those_that_the_sums_count(judge: Judge, population: Population) -> None:
+    rng = np.random.default_rng(2)
+    head = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in zeros(population).items()}
+    shared = judge_shared(judge, head)
+    alone = judge_alone(judge, zeros(population), [TRAINING], seed=1)
+    for found in (shared, alone):
+        assert found.answers is not None
+        ends = np.cumsum([0, *found.answers.tests])
+        right = [found.answers.own[a:b].sum() for a, b in pairwise(ends)]
+        assert right == found.sums.correct.sum(axis=1).tolist()
+        everyone = np.unpackbits(found.answers.everyone, axis=1)[:, : len(judge.everyone)]
+        assert np.broadcast_to(everyone.mean(axis=1), 5) == pytest.approx(found.everyone.accuracy)
+
+
+def test_pairs_of_answers_are_counted_one_by_one(judge: Judge, population: Population) -> None:
+    head = {n: t + 0.1 for n, t in zeros(population).items()}
+    shared = judge_shared(judge, head)
+    alone = judge_alone(judge, zeros(population), [TRAINING], seed=1)
+    assert shared.answers is not None
+    assert alone.answers is not None
+    home = shared.answers.at_home(alone.answers)
+    abroad = shared.answers.everywhere(alone.answers)
+    keys = seeding.client_keys(1, "local_only", 1, np.arange(5))
+    heads = train_clients(
+        population, zeros(population), RoundPlan(1, np.arange(5), keys, TRAINING)
+    ).tensors
+    for k in range(5):
+        own = {name: tensor[k] for name, tensor in heads.items()}
+        for pairs, rows in ((home, population.test.of(k)), (abroad, judge.everyone)):
+            mine, theirs = (rights(population, one, rows) for one in (head, own))
+            assert pairs.beats[k] == sum(a and not b for a, b in zip(mine, theirs, strict=True))
+            assert pairs.loses[k] == sum(b and not a for a, b in zip(mine, theirs, strict=True))
+            assert pairs.examples[k] == len(rows)
+    # the difference of accuracies is that of the discordant answers
+    difference = shared.own.accuracy - alone.own.accuracy
+    np.testing.assert_allclose((home.beats - home.loses) / home.examples, difference)
+    assert (home.beats + home.loses).sum() > 0
+
+
+def rights(population: Population, head, rows) -> list[bool]:
+    logits = population.features[rows] @ head["weight"].T + head["bias"]
+    return (logits.argmax(1) == population.labels[rows]).tolist()
+
+
+def test_groups_of_heads_give_the_same_answers(
+    judge: Judge, population: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = choice_rows(population, 0)
+    whole = judge_alone(judge, zeros(population), [TRAINING], seed=1, choosing=rows)
+    monkeypatch.setattr("fedtl.evaluation.references.HEADS_AT_A_TIME", 2)
+    parts = judge_alone(judge, zeros(population), [TRAINING], seed=1, choosing=rows)
+    assert whole.answers is not None
+    assert parts.answers is not None
+    for name, array in vars(whole.answers).items():
+        np.testing.assert_array_equal(array, getattr(parts.answers, name))
+    assert whole.facts == parts.facts
+
+
+def test_the_best_client_is_chosen_on_training_rows(judge: Judge, population: Population) -> None:
+    rows = choice_rows(population, 0)
+    assert rows.tolist() == sorted(population.train.index.tolist())
+    alone = judge_alone(judge, zeros(population), [TRAINING], seed=1, choosing=rows)
+    keys = seeding.client_keys(1, "local_only", 1, np.arange(5))
+    heads = train_clients(
+        population, zeros(population), RoundPlan(1, np.arange(5), keys, TRAINING)
+    ).tensors
+    each = [accuracy(population, {n: t[k] for n, t in heads.items()}, rows) for k in range(5)]
+    best = int(np.argmax(each))
+    found = judge_best(judge, alone)
+    assert found.facts["client"] == f"client-{best}"
+    assert found.facts["train_accuracy"] == pytest.approx(each[best])
+    chosen = {name: tensor[best] for name, tensor in heads.items()}
+    assert found.facts["accuracy_everyone"] == pytest.approx(
+        accuracy(population, chosen, judge.everyone)
+    )
+    # with other test examples the choice stays as it is
+    blind = replace(population, labels=population.labels.copy())
+    blind.labels[population.test.index] = 0
+    again = judge_alone(
+        replace(judge, population=blind), zeros(population), [TRAINING], seed=1, choosing=rows
+    )
+    assert again.facts["best_client"] == alone.facts["best_client"]
+
+
+def test_of_many_training_rows_a_seeded_sample_chooses(
+    population: Population, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtl.evaluation.references.CHOICE_EXAMPLES", 9)
+    rows = choice_rows(population, 3)
+    assert len(set(rows.tolist())) == 9
+    assert set(rows.tolist()) <= set(population.train.index.tolist())
+    assert rows.tolist() == choice_rows(population, 3).tolist()

@@ -15,10 +15,13 @@ from fedtl import seeding
 from fedtl.build import make_federation, open_data
 from fedtl.clients.personal import judge_personal
 from fedtl.clients.personal_store import PersonalStore
+from fedtl.conduct import Outcome
+from fedtl.deployment.judging import judge_remotely
 from fedtl.engines import wire
 from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.errors import SecurityRefusal
 from fedtl.interrupts import Interrupts
+from fedtl.judging import Judging
 from fedtl.planning import local_training
 from fedtl.plans import RoundPlan, Statistics
 from fedtl.results.runs import RunFolder
@@ -167,3 +170,45 @@ def test_what_is_the_clients_own_stays_there(
 def rows(tensors: dict[str, np.ndarray]) -> list[bytes]:
     """Pieces that a reply would hold, were one of these tensors in it."""
     return [row.tobytes() for tensor in tensors.values() for row in np.atleast_2d(tensor)]
+
+
+COMPARED = {"references": ["local_only", "fine_tuned", "centralised", "best_client"]}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "head", "heads"),
+    [
+        ({"name": "fedavg"}, {"kind": "linear"}, {"federated", "fine_tuned"}),
+        ({"name": "fed3r"}, {"kind": "linear"}, {"federated", "fine_tuned"}),
+        ({"name": "personal_ridge"}, {"kind": "linear"}, {"federated", "fine_tuned", "personal"}),
+        ({"name": "fedper"}, MLP, {"federated", "personal"}),
+    ],
+)
+def test_the_clients_count_the_pairs_that_a_simulation_counts(
+    strategy: dict[str, Any], head: dict[str, Any], heads: set[str], together: Any, tmp_path: Path
+) -> None:
+    site, built, engine, store = together(
+        strategy=strategy, head=head, rounds=3, evaluation=COMPARED
+    )
+    real = replace(built.federation, engine=engine)
+    state = trained(real, tmp_path / "real")
+    same_state(state, trained(built.federation, tmp_path / "run"))
+    personal = personal_of(built.federation.strategy, state)
+    outcome = Outcome(state.result, personal, 3)
+    told: list[str] = []
+    there = judge_remotely(real, engine, told.append)(outcome, print, lambda: None)
+    here = Judging(built, 1, store)(outcome, print, lambda: None)
+    assert set(there.compared) == set(here.compared) == heads
+    for name in heads:
+        mine, theirs = here.compared[name].home, there.compared[name].home
+        for column in ("beats", "loses", "examples"):
+            np.testing.assert_array_equal(getattr(mine, column), getattr(theirs, column))
+        assert there.compared[name].everyone is None
+        assert here.compared[name].everyone is not None
+    assert set(there.heads) == set(here.heads) - {"centralised", "best_client"}
+    for name, judgement in there.heads.items():
+        assert judgement.own.accuracy.tolist() == here.heads[name].own.accuracy.tolist()
+    assert there.calibration is None
+    assert len(told) == 2  # why two references are not here
+    replies = [tensors for kind, tensors, _ in asked(site) if kind == "alone"]
+    assert replies == [{"clients", "loss_sum", "correct", "count", "beats", "loses"}] * 3
