@@ -123,7 +123,7 @@ def test_why_data_are_refused_is_said_here_and_not_there(
     site.add("a", spoil(root))
 
     def clock() -> float:  # time is over once somebody was refused
-        return 1e9 if site.watcher.of("refused") else 0.0
+        return 1e9 if site.watcher.of("refused") else time.monotonic()
 
     with pytest.raises(PolicyStop) as caught:
         site.gathering(clock=clock).gather()
