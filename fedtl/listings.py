@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtl.doctor import Finding
-from fedtl.terminal import percent, plain_table, shown, size
+from fedtl.terminal import HEADS, percent, plain_table, shown, size
 from fedtl.transfer.features import FeatureStore, StoreEntry
 
 
@@ -78,24 +78,30 @@ def print_entries(console: Console, store: FeatureStore, entries: Sequence[Store
 
 def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
-    console.print()
-    names = ["federated", *summaries[0]["references"]]
-    table = plain_table("seed", *(f"{name} {place}" for name in names for place in ("own", "all")))
-    rows = [
-        [
-            facts[metric]
-            for facts in (summary["final"], *summary["references"].values())
-            for metric in ("accuracy", "accuracy_everyone")
+    seeds = ", ".join(str(summary["seed"]) for summary in summaries)
+    console.print(f"\n[bold]over seeds {seeds}[/]")
+    table = plain_table("head", "own tests", "deviation", "everybody's", "deviation")
+    for name in HEADS:
+        judged = [
+            {"federated": one["final"], "personal": one["personal"], **one["references"]}
+            for one in summaries
         ]
-        for summary in summaries
-    ]
-    for summary, row in zip(summaries, rows, strict=True):
-        table.add_row(str(summary["seed"]), *map(percent, row))
-    columns = list(zip(*rows, strict=True))
-    if all(value is not None for column in columns for value in column):
-        table.add_row("mean", *(percent(statistics.mean(column)) for column in columns))
-        table.add_row("std", *(percent(statistics.stdev(column)) for column in columns))
+        found = [heads[name] for heads in judged if heads.get(name) is not None]
+        if len(found) == len(summaries):
+            columns = [[one[metric] for one in found] for metric in METRICS]
+            table.add_row(HEADS[name], *(cell for column in columns for cell in _spread(column)))
     console.print(table)
+
+
+METRICS = ("accuracy", "accuracy_everyone")
+
+
+def _spread(values: Sequence[float | None]) -> tuple[str, str]:
+    """Mean and standard deviation over seeds, undefined where one of them is."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return percent(None), percent(None)
+    return percent(statistics.mean(known)), percent(statistics.stdev(known))
 
 
 def print_runs_compared(console: Console, facts: Mapping[str, Any]) -> None:

@@ -299,25 +299,28 @@ class Terminal:
             self._live = None
 
 
+HEADS = {
+    "federated": "federated",
+    "personal": "each client's own, from it",
+    "fine_tuned": "each client's own, tuned from it",
+    "local_only": "each client alone",
+    "best_client": "best of these, for all",
+    "centralised": "everybody pooled",
+    "ridge": "pooled ridge",
+    "from_scratch": "everybody pooled, from scratch",
+}
+"""What is compared at the end of a run, in the order and the words in which it is shown."""
+
+
 def comparison_table(summary: Mapping[str, Any]) -> Table:
     """Federated beside its references, each judged at home and on everybody's examples."""
     table = plain_table("head", "own tests", "everybody's", "worst 10 %", "spread")
     own = {"personal": summary["personal"]} if summary.get("personal") else {}
     shared = {} if own and own["personal"] == summary["final"] else {"federated": summary["final"]}
     heads = {**shared, **own, **summary["references"]}
-    words = {
-        "federated": "federated",
-        "personal": "each client's own, from it",
-        "fine_tuned": "each client's own, tuned from it",
-        "local_only": "each client alone",
-        "best_client": "best of these, for all",
-        "centralised": "everybody pooled",
-        "ridge": "pooled ridge",
-        "from_scratch": "everybody pooled, from scratch",
-    }
-    for name, facts in sorted(heads.items(), key=lambda one: [*words].index(one[0])):
+    for name, facts in sorted(heads.items(), key=lambda one: [*HEADS].index(one[0])):
         table.add_row(
-            words[name],
+            HEADS[name],
             percent(facts["accuracy"]),
             percent(facts["accuracy_everyone"]),
             percent(facts["worst_decile_accuracy"]),

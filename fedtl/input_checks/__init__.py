@@ -83,8 +83,10 @@ def _told(finding: Finding, names: Sequence[str], trials: Trials | None) -> dict
     elif trials is not None and finding.probe is not None:
         probe = trials.gain(finding.probe, finding.probe_base)
         if probe is not None:
+            matters = probe.gain < 0 and probe.p_value < LEVEL
+            warning = warning and matters  # nobody misses what takes nothing away
             note += f"; with half as many pixels to a side {trials.words(probe)}"
-            note += ": detail matters" if probe.gain < 0 and probe.p_value < LEVEL else ""
+            note += ": detail matters" if matters else ": no sign that detail matters"
     return {
         "severity": "warning" if warning else "note",
         "what": finding.what,

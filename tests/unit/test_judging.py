@@ -93,10 +93,15 @@ def test_tiny_clients_cannot_know(fedtl, tmp_path: Path) -> None:
     assert own["p_holm"].min() > 0.05
 
 
-def test_small_clients_that_gain_are_told_to_join(fedtl, tmp_path: Path) -> None:
+def test_small_clients_that_gain_and_lose_nothing_at_home_are_told_to_join(fedtl, tmp_path: Path) -> None:
     write(tmp_path, [16] * 30, far=1.6)
-    found, _, everyone = run(fedtl, tmp_path)
-    assert found["verdict"]["advice"]["join"] > 25
+    _, own, everyone = run(fedtl, tmp_path)
+    joins = own["advice"] == "join"
+    measured = own["accuracy"] - own["local_only_accuracy"]
+    assert joins.sum() > 15
+    assert measured[joins].min() > -0.0101  # who measured a loss is not told to join for it
+    assert not joins[measured < -0.0101].any()
+    assert not (own["advice"] == "stay alone").any()
     assert (everyone["beats_local_only"] > everyone["loses_to_local_only"]).mean() > 0.9
 
 

@@ -5,35 +5,51 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedtl.evaluation.advice import ADVICE, Compared, advise, counsel
+from fedtl.evaluation.advice import ADVICE, Compared, Standing, advise, counsel
 from fedtl.evaluation.significance import Pairs
 from fedtl.scenario.schema import Verdict as Rule
 
 TABLE = [
-    # at home, everywhere, tuned (at home, everywhere), advice
-    (1, 1, [], "join"),
-    (1, 0, [(1, 1)], "join"),
-    (1, -1, [(-1, -1)], "join"),
-    (0, 1, [(1, 0)], "personalise"),
-    (0, -1, [(0, 0), (1, 0)], "personalise"),
-    (0, 1, [], "join"),
-    (0, 1, [(0, 1)], "join"),
-    (0, 1, [(-1, 1)], "join"),
-    (0, 0, [(0, 1)], "not enough evidence"),
-    (0, 0, [], "not enough evidence"),
-    (0, -1, [(0, 1)], "stay alone"),
-    (-1, 1, [(1, -1)], "personalise"),
-    (-1, 1, [(0, 1)], "personalise"),
-    (-1, -1, [(0, 1)], "personalise"),
-    (-1, 1, [(0, 0)], "stay alone"),
-    (-1, 1, [(-1, 1)], "stay alone"),
-    (-1, 1, [], "stay alone"),
+    # at home, everywhere, holds at home; tuned heads likewise; advice
+    ((1, 1, True), [], "join"),
+    ((1, 0, True), [(1, 1, True)], "join"),
+    ((1, -1, True), [(-1, -1, False)], "join"),
+    ((0, 1, True), [(1, 0, True)], "personalise"),
+    ((0, -1, True), [(0, 0, True), (1, 0, True)], "personalise"),
+    ((0, 1, True), [], "join"),
+    ((0, 1, True), [(0, 1, True)], "join"),
+    ((0, 1, True), [(-1, 1, False)], "join"),
+    ((0, 1, False), [], "not enough evidence"),
+    ((0, 1, False), [(0, 1, False)], "not enough evidence"),
+    ((0, 1, False), [(0, 1, True)], "personalise"),
+    ((0, 0, True), [(0, 1, True)], "personalise"),
+    ((0, 0, True), [(0, 0, True)], "not enough evidence"),
+    ((0, 0, True), [], "not enough evidence"),
+    ((0, -1, True), [(0, 1, False)], "stay alone"),
+    ((0, -1, True), [(0, 1, True)], "personalise"),
+    ((-1, 1, False), [(1, -1, True)], "personalise"),
+    ((-1, 1, False), [(0, 1, True)], "personalise"),
+    ((-1, -1, False), [(0, 1, True)], "personalise"),
+    ((-1, 1, False), [(0, 1, False)], "stay alone"),
+    ((-1, 1, False), [(0, 0, True)], "stay alone"),
+    ((-1, 1, False), [(-1, 1, False)], "stay alone"),
+    ((-1, 1, False), [], "stay alone"),
 ]
 
 
-@pytest.mark.parametrize(("home", "everywhere", "tuned", "told"), TABLE)
-def test_the_table(home: int, everywhere: int, tuned: list, told: str) -> None:
-    assert advise(home, everywhere, tuned) == told
+@pytest.mark.parametrize(("federated", "tuned", "told"), TABLE)
+def test_the_table(federated: tuple, tuned: list, told: str) -> None:
+    assert advise(Standing(*federated), [Standing(*one) for one in tuned]) == told
+
+
+def test_a_loss_that_is_not_certain_is_no_reason_to_join() -> None:
+    everywhere = pairs([60] * 3, [2] * 3)
+    federated = {"federated": Compared(pairs([4, 4, 4], [4, 5, 9]), everywhere)}  # 0, -1, -5 points
+    found = counsel(np.arange(3), federated, Rule(), 0)
+    assert found.effects == ("no evidence",) * 3
+    assert found.advice == ("join", "join", "not enough evidence")
+    wide = counsel(np.arange(3), federated, Rule(margin=0.05), 0)
+    assert wide.advice == ("join",) * 3
 
 
 def pairs(beats: list[int], loses: list[int], examples: int = 100) -> Pairs:
