@@ -75,8 +75,9 @@ def write_report(run: Path, interrupts: Interrupts, *, gap: bool | None) -> Path
             notes.append(f"The data of this run could not be looked at: {error.what}.")
         except Exception as error:  # a page without gaps is better than none
             notes.append(f"The data of this run could not be looked at ({type(error).__name__}).")
-    page = run / PAGE
-    write_atomic(page, run_page(tables, examples, notes).encode())
+    page, content = run / PAGE, run_page(tables, examples, notes).encode()
+    interrupts.check("interrupted while the page was made")
+    write_atomic(page, content)
     return page
 
 

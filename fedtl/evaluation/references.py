@@ -7,6 +7,7 @@ right is remembered until heads are compared, pair by pair, and then forgotten.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,7 +222,7 @@ def from_optimum(
         ``excess_loss``: the head's loss on everybody's training examples, weight decay with it,
         above the optimum's; a little below 0 where the optimum's own fit is not exact.
         ``optimum_distance``: |w - w*| / |w*|; None where the fit did not converge, as separable
-        data without weight decay have no finite optimum.
+        data without weight decay have no finite optimum, or w* is 0, as of constant features.
     """
     everybody = np.arange(judge.population.num_clients)
     loss = evaluate_clients(
@@ -237,7 +238,8 @@ def from_optimum(
     distance = None
     if pooled.facts["converged"] and pooled.head is not None:
         apart = {name: head[name] - tensor for name, tensor in pooled.head.items()}
-        distance = defined(float(np.sqrt(_squares(apart) / _squares(pooled.head))))
+        length = _squares(pooled.head)
+        distance = defined(math.sqrt(_squares(apart) / length)) if length else None
     return {"excess_loss": defined(excess), "optimum_distance": distance}
 
 

@@ -10,9 +10,10 @@ from fedtl.results.tables import RunTables
 
 ADVICE = {
     "join": "The shared model is clearly better than the client's own: on its own cases, or on "
-    "everybody's with no clear loss on its own.",
+    "everybody's with no loss worth mentioning on its own.",
     "personalise": "Take the shared model and tune it at home: tuned, it is clearly better than "
-    "the client's own, or as good at home and better on everybody's cases.",
+    "the client's own, or loses nothing worth mentioning at home and is clearly better on "
+    "everybody's cases.",
     "stay alone": "The client's own model is clearly better than the shared one, and tuning does "
     "not make up for it.",
     "not enough evidence": "Too few test cases, or too small a difference, to tell.",
@@ -79,9 +80,10 @@ def verdict(run: RunTables) -> dict[str, Any]:
     basis = (
         f"How this was decided: both models answered the same test cases of a client. A difference "
         f"counts only if it is at least {100 * rules.get('margin', 0.01):g} percentage points and "
-        f"{test.get(rules.get('test', 'mcnemar'), 'the test')} finds it certain enough, so that "
-        f"with all {judged} clients together the chance of even one wrong answer is at most "
-        f"{100 * level_of(run):g} % (Holm's correction)."
+        f"{test.get(rules.get('test', 'mcnemar'), 'the test')} finds it certain enough: at home, "
+        f"everywhere and for tuned models, each by itself, the chance of finding even one "
+        f"difference where there is none, with all {judged} clients together, is at most "
+        f"{100 * level_of(run):g} % (Holm's correction). Where none is found, there may be one."
     )
     return {
         "headline": _headline(run, {one["advice"]: one["count"] for one in counts}, told),

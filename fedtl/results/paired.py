@@ -6,6 +6,7 @@ few); seeds, of which there are never many, are given to the paired t-test.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def clients_test(differences: Float64, seed: int, level: float = 0.05) -> dict[s
         seed: of the exchanges of signs and of the bootstrap over clients.
 
     Returns:
-        difference, interval (percentiles of the bootstrap), p (two-sided, mean as the statistic);
-        None where undefined: interval and p of fewer than two clients.
+        difference, interval (expanded percentiles of the bootstrap), p (two-sided, mean as the
+        statistic); None where undefined: interval and p of fewer than two clients.
     """
     if len(differences) < 2:
         mean = float(differences[0]) if len(differences) else None
@@ -86,7 +87,13 @@ def unpaired_test(a: Float64, b: Float64, seed: int, level: float = 0.05) -> dic
 
 
 def _interval(samples: Sequence[Float64], stream: Any, level: float) -> list[float]:
-    """Percentiles of the mean of the first, minus that of the second if there is one."""
+    """Percentiles of the mean of the first, minus that of the second if there is one.
+
+    Expanded as few clients need it (Hesterberg 2015, Am. Stat. 69, section 4.1): the plain
+    percentiles of five cover the mean 83 times in 100, not 95.
+    """
     means = [one[stream.integers(0, len(one), (DRAWS, len(one)))].mean(axis=1) for one in samples]
     drawn = means[0] - means[1] if len(means) > 1 else means[0]
-    return [float(value) for value in np.quantile(drawn, [level / 2, 1 - level / 2])]
+    n = min(map(len, samples))
+    tail = stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.isf(level / 2, n - 1))
+    return [float(value) for value in np.quantile(drawn, [tail, 1 - tail])]

@@ -18,11 +18,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
 from fedtl.errors import InputError
 from fedtl.results.commits import read_commit
+from fedtl.results.gap_file import is_whole
 from fedtl.results.records import BESIDE, CLASSES, CLIENTS, ROUNDS
 from fedtl.results.runs import PARTY, SCENARIO, SUMMARY
+from fedtl.scenario.schema import Scenario, Verdict
 
 GAP = "gap.json"
 
@@ -33,6 +36,15 @@ FEDERATED = "federated"
 """The head whose metrics have columns without a prefix."""
 
 HEADS = (FEDERATED, *BESIDE)
+
+KEYS = frozenset({"round", "client", "name", "split", "class"})
+"""Columns that every version wrote: without them a table is damaged, not old."""
+
+TABLES_OF_SUMMARY = (
+    "data", "backbone", "seconds", "versions", "references", "verdict", "calibration"
+)  # fmt: skip
+
+ANEW = "Put it back from a copy, or run the scenario anew"
 
 LOW, HIGH = 0.1, 0.9
 """Of the clients' accuracies in each round: the band of a learning curve."""
@@ -162,16 +174,15 @@ def read_run(path: Path) -> RunTables:
         )
     own, everyone = _last(clients)
     classes = path / "classes.parquet"
-    gap = _json(path / GAP) or {}
     return RunTables(
         path,
         _scenario(path / SCENARIO),
-        summary,
+        None if summary is None else _without_nulls(summary, path / SUMMARY),
         rounds.read().to_pandas(),
         own,
         everyone,
-        conform(_parquet(classes), CLASSES).to_pandas() if classes.is_file() else None,
-        gap if gap.get("format") == GAP_FORMAT else None,
+        _conform(_parquet(classes), CLASSES, classes).to_pandas() if classes.is_file() else None,
+        _gap(path / GAP),
         (path / PARTY).is_file(),
         clients,
     )
@@ -197,6 +208,18 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         for one in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _conform(table: pa.Table, schema: pa.Schema, where: Path) -> pa.Table:
+    """``conform``, or the error that a file is damaged."""
+    lost = [name for name in schema.names if name in KEYS and name not in table.column_names]
+    try:
+        if not lost:
+            return conform(table, schema)
+    except pa.ArrowException:  # its words hold a value of the table
+        pass
+    what = f"it has no column {lost[0]!r}" if lost else "a column is of another type"
+    raise InputError(f"is damaged: {what}", where=where, do=ANEW)
 
 
 @dataclass(frozen=True)
@@ -226,9 +249,11 @@ class _Stored:
         schema = pa.schema([self.schema.field(name) for name in wanted])
         if self.stream.is_file() and not self.finished:  # newer than tables of an earlier stop
             table = _committed(self.stream, self.run, f"{self.name}_bytes")
-            return conform(table if filters is None else table.filter(filters), schema)
+            rows = table if filters is None else table.filter(filters)
+            return _conform(rows, schema, self.stream)
         there = set(_file_schema(self.parquet).names)
-        return conform(_parquet(self.parquet, [c for c in wanted if c in there], filters), schema)
+        rows = _parquet(self.parquet, [c for c in wanted if c in there], filters)
+        return _conform(rows, schema, self.parquet)
 
 
 def _last(clients: _Stored) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -270,14 +295,14 @@ def _file_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"the table cannot be read ({error})", where=path) from error
+        raise InputError(f"the table cannot be read ({error})", where=path, do=ANEW) from error
 
 
 def _parquet(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
     try:
         return pq.read_table(path, columns=columns, filters=filters)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"the table cannot be read ({error})", where=path) from error
+        raise InputError(f"the table cannot be read ({error})", where=path, do=ANEW) from error
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -285,18 +310,50 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError("is damaged", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path) from error
     if not isinstance(content, dict):
-        raise InputError("is damaged", where=path)
+        raise _damaged(path)
     return content
+
+
+def _damaged(path: Path) -> InputError:
+    again = f"Delete it; 'fedtl report {path.parent} --gap' measures it again"
+    return InputError("is damaged", where=path, do=again if path.name == GAP else ANEW)
+
+
+def _without_nulls(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A summary whose unknown entries are not there, as an older version left them out."""
+    known = {key: value for key, value in summary.items() if value is not None}
+    whole = all(isinstance(known.get(key, {}), dict) for key in TABLES_OF_SUMMARY)
+    if not whole or not isinstance(known.get("notes", []), list):
+        raise _damaged(path)
+    return known
 
 
 def _scenario(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
-        raise InputError("is damaged", where=path) from error
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
+        raise _damaged(path) from error
+    tables = Scenario(name="defaults").model_dump()
+    if any(isinstance(tables.get(k), dict) and not isinstance(v, dict) for k, v in content.items()):
+        raise _damaged(path)
+    rule = {k: v for k, v in content.get("verdict", {}).items() if k in Verdict.model_fields}
+    try:
+        Verdict.model_validate(rule)
+    except ValidationError as error:
+        raise _damaged(path) from error
+    return content
+
+
+def _gap(path: Path) -> dict[str, Any] | None:
+    content = _json(path)
+    if content is None or content.get("format") != GAP_FORMAT:
+        return None
+    if not is_whole(content):
+        raise _damaged(path)
+    return content
 
 
 def number(value: Any) -> float | None:

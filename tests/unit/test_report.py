@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -103,6 +104,22 @@ def test_an_interrupt_stops_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fedtl.gap.measure_gap", stopped)
     with pytest.raises(Interrupted):
         write_report(trained, Interrupts(), gap=None)
+    assert not (trained / "report.html").exists()
+
+
+def test_an_interrupt_while_the_page_is_made_leaves_none(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained / "report.html").unlink(missing_ok=True)
+
+    def signalled(*args: object) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "page"
+
+    monkeypatch.setattr("fedtl.report.run_page", signalled)
+    with Interrupts() as interrupts, pytest.raises(Interrupted) as caught:
+        write_report(trained, interrupts, gap=False)
+    assert caught.value.exit_code == 143
     assert not (trained / "report.html").exists()
 
 

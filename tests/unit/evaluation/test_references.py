@@ -145,6 +145,17 @@ def test_without_a_finite_optimum_there_is_no_distance(
     assert from_optimum(judge, zeros(population), pooled, 0.1)["optimum_distance"] is None
 
 
+def test_an_optimum_of_zeros_has_no_distance_in_units_of_itself(
+    judge: Judge, population: Population
+) -> None:
+    head = zeros(population)
+    pooled = judge_pooled(judge, head, weight_decay=0.1)
+    nothing = replace(pooled, head=head, facts={**pooled.facts, "converged": True})
+    found = from_optimum(judge, head, nothing, 0.1)
+    assert found["optimum_distance"] is None  # of constant features, say
+    assert found["excess_loss"] is not None
+
+
 def test_answers_are_those_that_the_sums_count(judge: Judge, population: Population) -> None:
     rng = np.random.default_rng(2)
     head = {n: rng.normal(size=t.shape).astype(np.float32) for n, t in zeros(population).items()}

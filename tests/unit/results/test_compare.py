@@ -67,6 +67,14 @@ def test_nothing_is_seldom_taken_for_something() -> None:
     assert np.mean(np.array(seeds) <= 0.05) <= bound
 
 
+def test_intervals_of_few_clients_cover() -> None:
+    rng = np.random.default_rng(2)
+    draws = 250
+    found = [clients_test(rng.normal(0, 0.05, 5), 0)["interval"] for _ in range(draws)]
+    covered = np.mean([low <= 0 <= high for low, high in found])
+    assert covered >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / draws)  # plain percentiles: 0.83
+
+
 def test_nothing_is_seldom_taken_for_something_unpaired() -> None:
     rng = np.random.default_rng(1)
     found = [unpaired_test(rng.normal(size=4), rng.normal(size=5), 0)["p"] for _ in range(200)]

@@ -132,6 +132,8 @@ def test_answer_counts_and_headline(made: Path) -> None:
     assert [one["count"] for one in found["counts"]] == [3, 3, 3, 3]
     assert "McNemar" in found["basis"]
     assert "at least 1 percentage" in found["basis"]
+    # Holm's correction is over the clients of one question, and there are three
+    assert "at home, everywhere and for tuned models, each by itself" in found["basis"]
 
 
 def test_without_references_there_is_no_verdict(made_runs: ModuleType, tmp_path: Path) -> None:

@@ -149,6 +149,69 @@ def test_damage_is_told(name: str, made: Path, tmp_path: Path) -> None:
         read_run(broken)
 
 
+def edit(path: Path, key: str, value: object) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("clients", None),
+        ("clients", ["too", "few"]),
+        ("kinds", {"js": 5}),
+        ("pairs", {"js": [[0.0]]}),
+        ("rest", {"js": ["<b>"] * 12}),
+        ("rest", {"js": [float("inf")] * 12}),
+        ("checks", "<b>"),
+    ],
+)
+def test_a_gap_of_other_shape_is_damaged(
+    key: str, value: object, made: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(made, tmp_path / "broken")
+    edit(broken / "gap.json", key, value)
+    with pytest.raises(InputError, match=r"gap\.json: is damaged\. Delete it"):
+        read_run(broken)
+
+
+def test_unknown_entries_of_a_summary_are_as_if_left_out(made: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(made, tmp_path / "old")
+    for key in ("data", "notes", "versions", "references", "backbone", "seconds"):
+        edit(old / "summary.json", key, None)
+    assert "How to make it again" in run_page(read_run(old))
+    edit(old / "summary.json", "data", 5)
+    with pytest.raises(InputError, match=r"summary\.json: is damaged"):
+        read_run(old)
+
+
+@pytest.mark.parametrize("verdict", ["verdict = 5", '[verdict]\nlevel = "high"'])
+def test_a_scenario_of_other_shape_is_damaged(verdict: str, made: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(made, tmp_path / "broken")
+    (broken / "scenario.toml").write_text(f'name = "x"\n{verdict}\n')
+    with pytest.raises(InputError, match=r"scenario\.toml: is damaged"):
+        read_run(broken)
+
+
+@pytest.mark.parametrize(("name", "key"), [("rounds", "round"), ("classes", "name")])
+def test_a_table_without_its_keys_or_of_other_types_is_damaged(
+    name: str, key: str, made: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(made, tmp_path / "broken")
+    whole = pq.read_table(made / f"{name}.parquet")
+    pq.write_table(whole.drop([key]), broken / f"{name}.parquet")
+    with pytest.raises(InputError, match=f"is damaged: it has no column '{key}'"):
+        read_run(broken)
+    last = whole.num_columns - 1
+    text = pa.array(["secret"] * whole.num_rows)
+    pq.write_table(
+        whole.set_column(last, whole.schema.names[last], text), broken / f"{name}.parquet"
+    )
+    with pytest.raises(InputError, match="a column is of another type") as caught:
+        read_run(broken)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_gap_of_another_format_is_not_read(made: Path, tmp_path: Path) -> None:
     other = shutil.copytree(made, tmp_path / "other")
     (other / "gap.json").write_text('{"format": 2}')
