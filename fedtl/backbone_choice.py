@@ -23,7 +23,7 @@ from fedtl.evaluation.client_sums import ClientSums
 from fedtl.evaluation.gaps import from_statistics
 from fedtl.evaluation.quick_head import Sample, accuracy, draw_sample, quick_answers
 from fedtl.interrupts import Interrupts
-from fedtl.results.files import write_atomic
+from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario import schema
 from fedtl.scenario.schema import Scenario
 from fedtl.terminal import percent, plain_table, shown, size
@@ -76,9 +76,7 @@ def rank_backbones(
     Raises:
         InputError: an unknown backbone, ready features, or no candidate that can be run.
     """
-    for path in (html, out):
-        if path is not None and not path.parent.is_dir():  # before anything slow
-            raise InputError("there is no such folder to write to", where=path.parent)
+    refuse_unwritable(html, out)
     if scenario.backbone.name == backbones.IDENTITY:
         raise InputError("these data are features already: there is no backbone to choose")
     sections = {name: parse_candidate(name, scenario.backbone) for name in dict.fromkeys(names)}

@@ -18,13 +18,12 @@ from fedtl.build import (
     population_of,
 )
 from fedtl.data.leakage import check_leaks, find_leaks
-from fedtl.errors import InputError
 from fedtl.evaluation import gaps
 from fedtl.evaluation.gap_words import expectation
 from fedtl.evaluation.source_classes import source_classifier
 from fedtl.gap_terminal import print_gap
 from fedtl.interrupts import Interrupts
-from fedtl.results.files import write_atomic
+from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.schema import Scenario
 from fedtl.terminal import Terminal, shown
 
@@ -54,9 +53,7 @@ def show_gap(
     Raises:
         InputError: as a run would for its data, clients and backbone; or no folder to write to.
     """
-    for path in (html, out):
-        if path is not None and not path.parent.is_dir():  # before anything slow
-            raise InputError("there is no such folder to write to", where=path.parent)
+    refuse_unwritable(html, out)
     with Terminal(console) as terminal:
         facts = measure_gap(scenario, interrupts, terminal.extracting)
     print_gap(facts, console, f"fedtl run {command}, then fedtl report last")

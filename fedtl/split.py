@@ -20,7 +20,7 @@ from fedtl.data.partitions import MIXED, assign_clients
 from fedtl.data.sources import load_examples
 from fedtl.data.split_files import write_split
 from fedtl.evaluation.labels import DISTANCES, pairs, to_all
-from fedtl.results.files import write_atomic
+from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.schema import Scenario, Shift
 from fedtl.terminal import plain_table, shown
 from fedtl.types import Float64, Int32, Int64, Rows
@@ -60,6 +60,7 @@ def show_split(
         InputError: the data or the partition are not as the scenario has it.
         EnvironmentFault: a file cannot be written.
     """
+    refuse_unwritable(html, write)
     source = load_examples(scenario.data)
     examples, split = deal(scenario, source)
     facts = split_facts(scenario, examples, split)

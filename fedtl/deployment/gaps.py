@@ -23,14 +23,14 @@ from fedtl.deployment.gathering import Gathered, Gathering
 from fedtl.deployment.roll_call import RollCall
 from fedtl.deployment.server import OpenGrid, open_grid
 from fedtl.engines.base import Engine
-from fedtl.errors import EnvironmentFault, InputError, PolicyStop
+from fedtl.errors import EnvironmentFault, PolicyStop
 from fedtl.evaluation.client_sums import Sums
 from fedtl.evaluation.gap_words import expectation
 from fedtl.evaluation.gaps import from_statistics
 from fedtl.gap import FORMAT
 from fedtl.gap_terminal import print_gap
 from fedtl.interrupts import Interrupts
-from fedtl.results.files import write_atomic
+from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.closed_form import Fed3R
@@ -200,9 +200,7 @@ def gap_deployed(
         PolicyStop: too few clients came, or none could answer.
         FedtlError: as for a run with real clients.
     """
-    for path in (html, out):
-        if path is not None and not path.parent.is_dir():  # before anybody is waited for
-            raise InputError("there is no such folder to write to", where=path.parent)
+    refuse_unwritable(html, out)
     asked = asking_for_statistics(scenario)
     federation.join()
     backbone = open_backbone(asked.backbone, asked.seed)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pydantic import ValidationError
 from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
 
@@ -241,8 +242,9 @@ def _by_client(a: RunTables, b: RunTables) -> Float64:
 
 
 def _mean_accuracies(entry: Entry) -> Float64:
-    parts = [one.own["accuracy"].dropna().to_numpy(float) for one in entry.seeds.values()]
-    return np.concatenate(parts)
+    """Each client's accuracy at home, its mean over seeds: seeds are no further clients."""
+    every = pd.concat([one.own[["name", "accuracy"]] for one in entry.seeds.values()])
+    return np.asarray(every.groupby("name")["accuracy"].mean().dropna(), dtype=float)
 
 
 def _far(run: RunTables) -> float:
@@ -282,6 +284,8 @@ def _says(pair: Mapping[str, Any], level: float, margin: float) -> str:
     if abs(home["difference"]) < margin:
         return f"the difference is certain, but too small to matter ({size})"
     better, worse = ("b", "a") if home["difference"] > 0 else ("a", "b")
+    if not pair["paired"]:  # the tests, not the heads, may be what differs
+        return f"{pair[better]} scores {size} more than {pair[worse]}, on unlike tests"
     return f"{pair[better]} is better than {pair[worse]} by {size}"
 
 

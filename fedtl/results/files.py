@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedtl.errors import writing
+from fedtl.errors import InputError, writing
 
 
 def write_atomic(path: Path, content: bytes, *, last: bool = True) -> None:
@@ -37,3 +37,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_unwritable(*paths: Path | None) -> None:
+    """Raise InputError, before anything slow, where a file cannot be written: None is no file."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise InputError("there is no such folder to write to", where=path.parent)
+        if path is not None and path.is_dir():
+            raise InputError("this is a folder, and a file is to be written", where=path)

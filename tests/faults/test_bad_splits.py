@@ -97,3 +97,15 @@ def test_where_nothing_can_be_written(fedtl, small: Path) -> None:
         done = fedtl("split", "small.toml", option, name)
         assert done.returncode in (2, 3), done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["split", "gap"])
+@pytest.mark.parametrize("target", ["nowhere/page.html", "folder"])
+def test_what_cannot_be_written_is_said_before_the_work(
+    fedtl, tmp_path: Path, command: str, target: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    done = fedtl(command, "quickstart", "--html", str(tmp_path / target))
+    assert done.returncode == 2
+    assert not done.stdout
+    assert "folder" in done.stderr

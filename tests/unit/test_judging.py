@@ -93,7 +93,7 @@ def test_tiny_clients_cannot_know(fedtl, tmp_path: Path) -> None:
     assert own["p_holm"].min() > 0.05
 
 
-def test_small_clients_that_gain_and_lose_nothing_at_home_are_told_to_join(fedtl, tmp_path: Path) -> None:
+def test_small_clients_join_where_they_gain_and_lose_nothing(fedtl, tmp_path: Path) -> None:
     write(tmp_path, [16] * 30, far=1.6)
     _, own, everyone = run(fedtl, tmp_path)
     joins = own["advice"] == "join"
