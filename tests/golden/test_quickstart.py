@@ -34,7 +34,7 @@ def test_the_summary_has_what_others_rely_on(summary: dict) -> None:
     assert set(summary["final"]) >= {
         "accuracy", "balanced_accuracy", "loss", "worst_decile_accuracy",
     }  # fmt: skip
-    assert set(summary["references"]) == {"local_only", "centralised"}
+    assert set(summary["references"]) == {"local_only", "centralised", "fine_tuned"}
     assert set(summary["seconds"]) == {"extract", "start", "train", "references", "total"}
     assert (summary["num_clients"], summary["rounds_completed"]) == (10, 20)
     assert summary["epsilon"] is None
