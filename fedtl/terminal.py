@@ -6,6 +6,7 @@ On a terminal it moves; elsewhere (a log file, CI) it is plain lines, one a roun
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -270,7 +271,7 @@ class Terminal:
         if self._command is None:
             return
         self.console.print("\n[bold]Next[/]")
-        for command in next_commands(self._scenario, self._command):
+        for command in next_commands(self._scenario, self._command, folder):
             self.console.print(f"  {shown(command)}", highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
@@ -329,10 +330,11 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def next_commands(scenario: Scenario, name: str) -> list[str]:
-    """Three commands worth typing after this run, each with the question it answers."""
+def next_commands(scenario: Scenario, name: str, folder: Path) -> list[str]:
+    """Commands worth typing after this run, each with the question it answers."""
     other = "fedprox" if scenario.strategy.name == "fedavg" else "fedavg"
     commands = [
+        (f"fedtl report {shlex.quote(str(folder))}", "join, stay alone or personalise?"),
         (f"fedtl run {name} --seeds 3", "was it luck?"),
         (f"fedtl run {name} --set strategy.name={other}", "is there a better strategy?"),
     ]
