@@ -79,7 +79,7 @@ def print_entries(console: Console, store: FeatureStore, entries: Sequence[Store
 def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> None:
     """Accuracy over several seeds: mean and standard deviation, not one lucky draw."""
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
-    console.print(f"\n[bold]over seeds {seeds}[/]")
+    console.print(f"\n[bold]Mean over seeds {seeds}[/]")
     table = plain_table("head", "own tests", "deviation", "everybody's", "deviation")
     for name in HEADS:
         judged = [

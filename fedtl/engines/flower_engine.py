@@ -309,6 +309,7 @@ class FlowerEngine:
                     placed.setdefault(node, own)
             self.seats = placed
             self._check_seats()
+            there = set(self.exchange.nodes())  # seating waits for nodes: more may have come
         found = {
             node: np.intersect1d(own, clients, assume_unique=True)
             for node, own in self.seats.items()

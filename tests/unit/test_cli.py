@@ -69,7 +69,7 @@ def test_several_seeds_are_several_runs(fedtl, small: Path, tmp_path: Path) -> N
     assert [run["seed"] for run in runs] == [3, 4, 5]
     assert len({run["head_sha256"] for run in runs}) == 3
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["seed-3", "seed-4", "seed-5"]
-    assert "mean" in done.stderr
+    assert "Mean over seeds 3, 4, 5" in done.stderr
 
 
 def test_json_is_alone_on_standard_output(fedtl, small: Path) -> None:

@@ -340,6 +340,17 @@ def test_lost_nodes_are_brought_back_once_and_only_their_clients_asked_again(
     assert [len(liar.asked) for liar in nodes.values()] == [1, 2, 1]
 
 
+def test_a_node_that_comes_while_others_are_seated_is_asked_at_once(nodes, population) -> None:
+    late = nodes.pop(11)
+
+    def seat(new):  # waits for all, as the simulation does
+        nodes[11] = late
+        return SEATS
+
+    updates, missing = accepted(made(nodes, population, seat=seat), population, plan([0, 1, 2]))
+    assert (updates.clients.tolist(), missing) == ([0, 1, 2], {})
+
+
 def test_workers_that_die_twice_stop_the_run_with_3(nodes, population) -> None:
     engine = made(nodes, population, exchange=Dying(nodes, 2), recover=lambda: None)
     with pytest.raises(EnvironmentFault, match=r"died twice in round 3 .*last commit is kept"):
