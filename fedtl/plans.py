@@ -17,6 +17,7 @@ from fedtl.types import (
     ClientFailure,
     ClientUpdates,
     Float32,
+    Float64,
     Head,
     Int64,
     LocalTraining,
@@ -128,6 +129,39 @@ class Personal:
         return partial or self.method in ("fedrep", "fedbabu")
 
 
+@dataclass(frozen=True)
+class Protection:
+    """What a client does to its answer before it leaves, in this order; 0 leaves a step out.
+
+    Attributes:
+        clip: longest update over all its tensors together (L2); a longer one is shortened.
+        noise: standard deviation of what is then added to every entry.
+        example_clip: longest gradient of a single example (DP-SGD).
+        example_noise: standard deviation of what is added to a step's sum of such gradients.
+        row_clip: longest feature row of the statistics; rows are divided by it.
+        least_per_class: classes with fewer examples stay out of the statistics.
+        ring_bits: 32 or 64: entries are sent as integers of a ring, see ``privacy.ring``.
+        scale: of those integers: an entry v is sent as round(scale * weight * v).
+        limit: largest integer that one client may send.
+        masked: integers are sent under masks that cancel in the sum.
+    """
+
+    clip: float = 0.0
+    noise: float = 0.0
+    example_clip: float = 0.0
+    example_noise: float = 0.0
+    row_clip: float = 0.0
+    least_per_class: int = 1
+    ring_bits: int = 0
+    scale: float = 0.0
+    limit: int = 0
+    masked: bool = False
+
+
+RING = "ring.values"
+"""The one tensor of an answer in a ring: all tensors that else were sent, by name, one after the
+other, uint32 or uint64 [P]."""
+
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Tensors by name, with shape and type."""
 
@@ -149,6 +183,10 @@ class RoundPlan:
         statistics: what is summed, for the task "statistics".
         compression: how updates are packed, None for as they are.
         personal: what clients do for themselves in the round, None for nothing.
+        protection: what is done to answers before they leave, None for nothing.
+        noise_keys: the stream of each client's noise, uint64 [k]; None where nobody adds any.
+            Real clients draw theirs elsewhere.
+        weights: of each client in a secure sum, float64 [k] in (0, 1]; None for 1.
     """
 
     round: int
@@ -162,6 +200,9 @@ class RoundPlan:
     statistics: Statistics | None = None
     compression: Compression | None = None
     personal: Personal | None = None
+    protection: Protection | None = None
+    noise_keys: UInt64 | None = None
+    weights: Float64 | None = None
 
     def part(self, places: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> RoundPlan:
         """The plan for some of its clients: their places (or a mask) among ``clients``."""
@@ -170,6 +211,8 @@ class RoundPlan:
             clients=self.clients[places],
             batch_keys=self.batch_keys[places],
             corrections={name: tensor[places] for name, tensor in self.corrections.items()},
+            noise_keys=None if self.noise_keys is None else self.noise_keys[places],
+            weights=None if self.weights is None else self.weights[places],
         )
 
     def without(self, clients: Int64) -> RoundPlan:
@@ -178,6 +221,17 @@ class RoundPlan:
 
     def reply(self, head: Head) -> Shapes:
         """The tensors that each client answers with, for a head of this form."""
+        plain = self.plain_reply(head)
+        bits = self.protection.ring_bits if self.protection is not None else 0
+        if not bits:
+            return plain
+        if self.compression is not None:  # what was packed is unpacked into the ring again
+            plain = replace(self, compression=None).plain_reply(head)
+        size = sum(prod(shape) for shape, _ in plain.values())
+        return {RING: ((size,), np.dtype(np.uint64 if bits == 64 else np.uint32))}
+
+    def plain_reply(self, head: Head) -> Shapes:
+        """The same before it is put into a ring."""
         if self.task == "statistics":
             assert self.statistics is not None
             return _sums(self.statistics, *head["weight"].shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NoReturn, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedtl.plans import (
     Packing,
     Personal,
     Personalisation,
+    Protection,
     Report,
     RoundPlan,
     Statistics,
@@ -66,8 +67,11 @@ OPTIONS: Mapping[str, Any] = {
     "statistics": Statistics(),
     "compression": Compression("top_k"),
     "personal": Personal("finetune"),
+    "protection": Protection(),
 }
 """What a plan may have besides: one of each, for its fields and their types."""
+COLUMNS = {"noise_keys": np.uint64, "weights": np.float64}
+"""Columns that a plan may have besides."""
 METRICS = tuple(ClientMetrics.__dataclass_fields__)
 LARGEST_ANSWER = 2**31
 """Bytes of what the clients of one request may be asked for together."""
@@ -189,7 +193,9 @@ def train_request(plan: RoundPlan, head: Head) -> tuple[dict[str, Any], Tensors]
         **{name: asdict(own) for name in OPTIONS if (own := getattr(plan, name)) is not None},
     }
     corrections = {CORRECTION + name: tensor for name, tensor in plan.corrections.items()}
-    columns = {"clients": plan.clients, "batch_keys": plan.batch_keys}
+    columns: dict[str, npt.NDArray[Any]] = {"clients": plan.clients, "batch_keys": plan.batch_keys}
+    own = {name: c for name in COLUMNS if (c := getattr(plan, name)) is not None}
+    columns.update(own)
     return facts, {**columns, **corrections, **_sent(head)}
 
 
@@ -216,6 +222,12 @@ def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, He
             name: record(facts[name], name, like) for name, like in OPTIONS.items() if name in facts
         },
     )
+    columns: dict[str, Any] = {
+        name: _vector(tensors, name, dtype, len(clients))
+        for name, dtype in COLUMNS.items()
+        if name in tensors
+    }
+    plan = replace(plan, **columns)
     if task == "statistics" and plan.statistics is None:
         refuse("it does not say which statistics")
     named = (

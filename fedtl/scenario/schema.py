@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedtl.scenario.privacy import Privacy
 from fedtl.scenario.sections import (
     AlphaOrInfinity,
     Beta,
@@ -343,6 +344,7 @@ class Scenario(Section):
     strategy: Strategy = FedAvg()
     compression: Compression = Compression()
     attack: Attack = Attack()
+    privacy: Privacy = Privacy()
     participation: Participation = Participation()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()

@@ -23,9 +23,20 @@ FLOORS = (
     {"build"},
     {"conduct", "judging"},
     {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
-    {"check", "backbone_choice", "input_checks", "split", "gap", "gap_terminal", "lodo", "report"},
+    {
+        "check",
+        "backbone_choice",
+        "input_checks",
+        "split",
+        "gap",
+        "gap_terminal",
+        "lodo",
+        "report",
+        "audit",
+        "privacy_plan",
+    },
     {"deployment", "parity", "api"},
-    {"cli", "server_commands", "client_commands", "study_commands", "options"},
+    {"cli", "server_commands", "client_commands", "study_commands", "privacy_commands", "options"},
 )
 """Rooms by floor, lowest first; a room imports from its own floor and from below."""
 
@@ -41,11 +52,20 @@ ONLY_IN = {
         "split",
         "gap",
         "lodo",
+        "audit",
+        "privacy_plan",
         "cli",
         "server_commands",
         "client_commands",
     ),
-    "typer": ("cli", "server_commands", "client_commands", "study_commands", "options"),
+    "typer": (
+        "cli",
+        "server_commands",
+        "client_commands",
+        "study_commands",
+        "privacy_commands",
+        "options",
+    ),
 }
 """Where a package may be imported at all; flwr_datasets counts as flwr."""
 
