@@ -13,9 +13,6 @@ from fedtl.engines import Engine, LocalEngine
 from fedtl.plans import RoundPlan
 from fedtl.types import LocalTraining, Population
 
-# Ray leaves it to the garbage collector to close what its processes write to.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
-
 MAKERS: dict[str, Callable[[Population], Engine]] = {
     "local": lambda population: LocalEngine(population, 1),
     "local with two threads": lambda population: LocalEngine(population, 2),

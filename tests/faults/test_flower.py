@@ -20,9 +20,6 @@ from fedtl.plans import RoundPlan
 from fedtl.strategies.validation import accept_updates
 from fedtl.types import LocalTraining
 
-# Ray's own.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
-
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 EVERYBODY = np.arange(5)
 

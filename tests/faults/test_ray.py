@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-# Ray leaves it to the garbage collector to close what its processes write to.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
-
 Found = dict[int, str]
 
 

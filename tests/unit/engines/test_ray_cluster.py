@@ -13,9 +13,6 @@ import pytest
 from fedtl.engines import hosting, ray_cluster
 from fedtl.errors import EnvironmentFault, InputError
 
-# Ray leaves it to the garbage collector to close what its processes write to.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
-
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ray_cluster.Cluster]:

@@ -18,9 +18,6 @@ from fedtl.errors import EnvironmentFault, InputError
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientMetrics, LocalTraining, Population
 
-# Ray leaves it to the garbage collector to close what its processes write to.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file .*/dev/null:ResourceWarning")
-
 HEAD = {"weight": np.zeros((3, 9), np.float32), "bias": np.zeros(3, np.float32)}
 CLIENTS = np.arange(5)
 PLAN = RoundPlan(
