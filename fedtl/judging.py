@@ -21,6 +21,7 @@ from fedtl.evaluation.ridge import fit_ridge
 from fedtl.evaluation.scratch import Order, judge_scratch
 from fedtl.planning import judged_clients, liars_of, local_training, scratch_rates
 from fedtl.plans import Personal
+from fedtl.unprotected import train_unprotected
 
 RIDGE = 0.01
 """Of the pooled ridge head, where the strategy has none of its own."""
@@ -116,6 +117,10 @@ class _Judging:
                 )
             else:
                 found[name] = self._reference(name, sample, beside)
+        if scenario.privacy.mechanism != "none" and scenario.privacy.compare and self.whole:
+            self.begin("unprotected")
+            head = train_unprotected(self.of.built, self.check)
+            found["unprotected"] = references.judge_shared(sample, head)
         self._add_facts(found, sample)
         compared = {}
         if "local_only" in found:

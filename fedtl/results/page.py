@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from fedtl.errors import printable
 from fedtl.results import answer, gaps, plots, provenance, report
+from fedtl.results.privacy import privacy
 from fedtl.results.tables import RunTables, number
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -69,7 +70,7 @@ def run_page(
         "classes": report.by_class(run),
         "calibration": report.calibration(run),
         "examples": list(examples),
-        "privacy": provenance.privacy(run),
+        "privacy": privacy(run),
         "cost": provenance.cost(run),
         "warnings": provenance.warnings(run),
         "reproduce": provenance.reproduce(run),

@@ -1,4 +1,4 @@
-"""What left the clients, what it cost, what to beware of, and how to make the run again."""
+"""What a run cost, what to beware of, and how to make it again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtl.results.tables import RunTables, number
-from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import PATHS
-
-SENT = {
-    "statistics": "sums over its examples' features, class by class (how many, their sum, and for "
-    "some methods the sums of their products), once",
-    "gradient": "the gradient of its loss: one number for each weight of the head",
-    "train": "a trained head: one number for each weight, how many examples it was trained on, "
-    "and the mean loss",
-}
-"""What a client sends, by the task of a round."""
 
 RARE = 5
 """Reasons for unused answers that are shown; all are in clients.parquet."""
@@ -33,45 +23,6 @@ def bytes_text(count: Any) -> str:
             return f"{found:,.0f} {unit}" if unit == "bytes" else f"{found:,.1f} {unit}"
         found /= 1024
     raise AssertionError("unreachable")
-
-
-def privacy(run: RunTables) -> dict[str, Any]:
-    """What left each client, in kind and amount, and what protects it."""
-    strategy = run.scenario.get("strategy", {}).get("name", "fedavg")
-    task = "train"
-    if strategy in CLOSED_FORMS:
-        task = "statistics"
-    elif strategy == "lbfgs":
-        task = "gradient"
-    sent = [SENT[task]]
-    if run.scenario.get("head", {}).get("initial") == "fed3r":
-        sent.append("in the first round, sums of its features")
-    up = number(run.rounds["bytes_up"].sum(min_count=1))
-    answers = number(run.rounds["accepted"].sum(min_count=1))
-    used = run.training["used"]
-    each = None if up is None or not answers else up / answers
-    epsilon = number((run.summary or {}).get("epsilon"))
-    protected = (
-        f"Differential privacy: epsilon = {epsilon:g}. The smaller, the less the model can tell "
-        "about any single example."
-        if epsilon is not None
-        else "No differential privacy: nothing limits what the model and the messages may reveal "
-        "about single examples (epsilon is not bounded)."
-    )
-    return {
-        "sent": sent,
-        "per_answer": bytes_text(each),
-        "per_client": None
-        if each is None or not len(used)
-        else (bytes_text(each * used.min()), bytes_text(each * used.max())),
-        "protected": protected,
-        "server": "The server could see every client's messages one by one: they were not summed "
-        "under encryption.",
-        "stayed": "Images, features and labels of single examples stayed with the clients."
-        if run.real
-        else "This was a simulation: all data lay on one machine. With real clients images, "
-        "features and labels of single examples stay where they are.",
-    }
 
 
 def cost(run: RunTables) -> list[tuple[str, str]]:

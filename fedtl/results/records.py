@@ -46,6 +46,7 @@ BESIDE = (
     "fine_tuned",
     "best_client",
     "from_scratch",
+    "unprotected",
     "personal",
 )
 """Heads that stand beside the federated one in the last round's rows."""

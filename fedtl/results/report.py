@@ -24,6 +24,7 @@ HEAD_WORDS = {
     "centralised": ("Pooled", "one model on everybody's data in one place: the yardstick"),
     "ridge": ("Pooled, closed form", "a quick model on everybody's data in one place"),
     "best_client": ("Best single client", "the best of the clients' own models, used by all"),
+    "unprotected": ("Without privacy", "the same training without noise: what privacy cost"),
     "from_scratch": ("From scratch", "the whole network trained without the pretrained weights"),
 }
 """Each head's name on the page and what it is, in the order they are shown."""

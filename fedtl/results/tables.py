@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from fedtl.errors import InputError
+from fedtl.results import audit_file
 from fedtl.results.commits import read_commit
 from fedtl.results.gap_file import is_whole
 from fedtl.results.records import BESIDE, CLASSES, CLIENTS, ROUNDS
@@ -41,7 +42,8 @@ KEYS = frozenset({"round", "client", "name", "split", "class"})
 """Columns that every version wrote: without them a table is damaged, not old."""
 
 TABLES_OF_SUMMARY = (
-    "data", "backbone", "seconds", "versions", "references", "verdict", "calibration"
+    "data", "backbone", "seconds", "versions", "references", "verdict", "calibration",
+    "privacy",
 )  # fmt: skip
 
 ANEW = "Put it back from a copy, or run the scenario anew"
@@ -63,6 +65,7 @@ class RunTables:
         everyone: the same on everybody's test examples; no rows where that was not judged.
         classes: rows of ``classes.parquet``, or None.
         gap: ``gap.json``, or None.
+        audit: ``audit.json``, or None.
         real: whether the clients were real ones.
     """
 
@@ -74,6 +77,7 @@ class RunTables:
     everyone: pd.DataFrame
     classes: pd.DataFrame | None
     gap: Mapping[str, Any] | None
+    audit: Mapping[str, Any] | None
     real: bool
     _clients: _Stored = field(repr=False)
 
@@ -183,6 +187,7 @@ def read_run(path: Path) -> RunTables:
         everyone,
         _conform(_parquet(classes), CLASSES, classes).to_pandas() if classes.is_file() else None,
         _gap(path / GAP),
+        _audit(path / audit_file.AUDIT),
         (path / PARTY).is_file(),
         clients,
     )
@@ -318,8 +323,11 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _damaged(path: Path) -> InputError:
-    again = f"Delete it; 'fedtl report {path.parent} --gap' measures it again"
-    return InputError("is damaged", where=path, do=again if path.name == GAP else ANEW)
+    again = {
+        GAP: f"Delete it; 'fedtl report {path.parent} --gap' measures it again",
+        audit_file.AUDIT: f"Delete it; 'fedtl audit {path.parent}' makes it again",
+    }
+    return InputError("is damaged", where=path, do=again.get(path.name, ANEW))
 
 
 def _without_nulls(summary: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -352,6 +360,15 @@ def _gap(path: Path) -> dict[str, Any] | None:
     if content is None or content.get("format") != GAP_FORMAT:
         return None
     if not is_whole(content):
+        raise _damaged(path)
+    return content
+
+
+def _audit(path: Path) -> dict[str, Any] | None:
+    content = _json(path)
+    if content is None or content.get("format") != audit_file.FORMAT:
+        return None
+    if not audit_file.is_whole(content):
         raise _damaged(path)
     return content
 

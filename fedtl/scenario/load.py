@@ -178,8 +178,24 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     return parts, parsed
 
 
+REPLACED: Mapping[tuple[str, object], tuple[str, ...]] = {
+    ("privacy.epsilon", None): ("noise_multiplier",),
+    ("privacy.noise_multiplier", None): ("epsilon",),
+    ("privacy.mechanism", "none"): ("epsilon", "noise_multiplier", "budget"),
+}
+"""By key and value (None: a number) the keys of the same table that an override takes out."""
+
+
 def _assign(raw: dict[str, Any], key: Sequence[str], value: Any) -> None:
-    """Set one value. Another strategy keeps of the file's parameters only those it knows."""
+    """Set one value; what the file says of it in another way no longer holds.
+
+    Another strategy keeps of the file's parameters only those it knows; noise replaces an epsilon
+    it would follow from, and the other way round; without a mechanism neither is left.
+    """
+    named = (".".join(key), value if isinstance(value, str) else None)
+    for other in REPLACED.get(named, ()):
+        if isinstance(inner := raw.get(key[0]), dict):
+            inner.pop(other, None)
     old = raw.get("strategy")
     if list(key) == ["strategy", "name"] and isinstance(old, dict) and value in strategy_names():
         known = _keys(_strategy_models()[value])

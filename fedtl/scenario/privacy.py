@@ -80,6 +80,9 @@ class Privacy(Section):
     canary_labels: Literal["own", "random"] = Field(
         "own", description="of canary examples; random ones are easier to find, and cost accuracy"
     )
+    compare: bool = Field(
+        True, description="in simulation also train without the mechanism, to say what it costs"
+    )
     secure_aggregation: Literal["none", "arithmetic", "secagg", "secagg_plus"] = Field(
         "none",
         description="the server learns the sum alone: its fixed-point arithmetic (simulation), or "

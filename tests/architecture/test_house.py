@@ -21,7 +21,7 @@ FLOORS = (
     {"strategies", "engines", "evaluation"},
     {"planning", "rounds", "checkpoints"},
     {"build"},
-    {"conduct", "judging"},
+    {"conduct", "judging", "unprotected"},
     {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
     {
         "check",

@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
+from fedtl.errors import InputError
 from fedtl.results import answer, gaps, provenance, report
 from fedtl.results.evenness import evenness
+from fedtl.results.page import run_page
+from fedtl.results.privacy import privacy
 from fedtl.results.tables import read_run
 
 ROUND = 8
@@ -235,12 +238,92 @@ def test_a_gap_that_predicts_the_gain_is_said_to(made: Path, tmp_path: Path) -> 
 
 
 def test_privacy_says_what_leaves(made: Path, made_runs: ModuleType, tmp_path: Path) -> None:
-    found = provenance.privacy(read_run(made))
-    assert "No differential privacy" in found["protected"]
+    found = privacy(read_run(made))
+    assert "without a limit" in " ".join(found["could"])
+    assert found["card"] is None
+    assert found["audit_command"] == f"fedtl audit {made.name}"
     assert found["per_answer"] == "1,000 bytes"
     assert "weight" in found["sent"][0]
     sums = made_runs.write_run(tmp_path / "sums", scenario={"strategy": {"name": "fed3r"}})
-    assert "sums over" in provenance.privacy(read_run(sums))["sent"][0]
+    assert "sums over" in privacy(read_run(sums))["sent"][0]
+
+
+PROMISE = {
+    "mechanism": "central",
+    "unit": "client",
+    "epsilon": 2.5,
+    "delta": 1e-5,
+    "noise_multiplier": 1.0,
+    "noise_at": "clients",
+    "assumptions": ["the coins of the cohorts stay secret"],
+    "secure_aggregation": {"protocol": "secagg", "threshold": 4},
+    "min_class_examples": 3,
+}
+AUDIT = {
+    "format": 1,
+    "unit": "client",
+    "upper": 2.5,
+    "lower": {
+        "epsilon": 0.75,
+        "confidence": 0.95,
+        "method": "one run",
+        "canaries": 100,
+        "guesses": 40,
+        "correct": 31,
+        "note": None,
+    },
+    "membership": [
+        {
+            "attack": "loss",
+            "auc": 0.61,
+            "tpr_at_0.1%": 0.01,
+            "tpr_at_1%": None,
+            "members": 80,
+            "nonmembers": 20,
+            "note": None,
+        }
+    ],
+    "leakage": [{"what": "labels", "clients": 3, "found": "off by 12", "note": None}],
+    "warnings": [],
+    "notes": [],
+}
+
+
+def private_run(made: Path, place: Path, **audit: object) -> Path:
+    run = shutil.copytree(made, place)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "epsilon": 2.5, "privacy": PROMISE}))
+    if audit:
+        (run / "audit.json").write_text(json.dumps({**AUDIT, **audit}))
+    return run
+
+
+def test_promise_and_attack_stand_on_one_card(made: Path, tmp_path: Path) -> None:
+    found = privacy(read_run(private_run(made, tmp_path / "run", format=1)))
+    assert (found["card"]["upper"], found["card"]["lower"]) == ("2.5", "0.75")
+    assert not found["card"]["shouted"]
+    assert "31 of 40 guesses" in found["card"]["lower_words"]
+    assert found["could"][1] == "the sum of the clients' messages of a round"
+    assert "at least 4 clients" in " ".join(found["could_not"])
+    assert "under 3" in " ".join(found["sent"])
+    page = run_page(read_run(tmp_path / "run"))
+    assert "31 of 40" in page
+    assert "coins of the cohorts" in page
+
+
+def test_more_found_than_promised_is_shouted(made: Path, tmp_path: Path) -> None:
+    lower = {**AUDIT["lower"], "epsilon": 3.0}  # type: ignore[dict-item]
+    page = run_page(read_run(private_run(made, tmp_path / "run", lower=lower)))
+    assert "More was found than was promised" in page
+
+
+def test_a_damaged_audit_is_said_to_be_one(made: Path, tmp_path: Path) -> None:
+    run = private_run(made, tmp_path / "run", membership=[{"attack": 3}])
+    with pytest.raises(InputError, match="is damaged") as caught:
+        read_run(run)
+    assert "fedtl audit" in (caught.value.do or "")
+    other = private_run(made, tmp_path / "other", format=2)
+    assert read_run(other).audit is None
 
 
 def test_paths_of_this_machine_stay_here(made_runs: ModuleType, tmp_path: Path) -> None:

@@ -37,6 +37,19 @@ def test_every_scenario_loads_survives_a_round_trip_and_obeys_the_schema(
     jsonschema.validate(scenario.model_dump(mode="json"), json.loads(json_schema()))
 
 
+def test_noise_on_the_command_line_replaces_the_files_epsilon(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'name = "mine"\n[strategy]\nname = "fedavg"\nweighting = "uniform"\n'
+        '[privacy]\nmechanism = "central"\nepsilon = 8.0\n',
+    )
+    noise = load_scenario(path, ["privacy.noise_multiplier=1.5"]).privacy
+    assert (noise.epsilon, noise.noise_multiplier) == (None, 1.5)
+    none = load_scenario(path, ["privacy.mechanism=none"]).privacy
+    assert (none.mechanism, none.epsilon) == ("none", None)
+    assert load_scenario(path, ["evaluation.references=[]"]).privacy.epsilon == 8
+
+
 def test_the_schema_for_editors_is_up_to_date() -> None:
     written = (ROOT / "scenarios" / "scenario.schema.json").read_text()
     assert written == json_schema(), "run: fedtl schema > scenarios/scenario.schema.json"
