@@ -31,10 +31,13 @@ from fedtl.engines import Engine, LocalEngine
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.evaluation.label_skew import check_label_skew
 from fedtl.planning import liars_of
+from fedtl.privacy.canaries import canary_notes, plant
+from fedtl.privacy.promise import make_promise
 from fedtl.rounds import Federation
 from fedtl.scenario.compatibility import UPDATE_ATTACKS, check_cohort
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import Strategy, make_strategy
+from fedtl.secure_rounds import simulated_sums
+from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.adversarial import Adversarial
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.entries import stored_as
@@ -310,7 +313,8 @@ def make_federation(
     check_leaks(leaks, scenario.data.leakage)
     population, aligned = _aligned(scenario, population_of(features))
     lying = liars_of(scenario, population.names)
-    poisoned = poison(population, scenario.attack, lying, scenario.seed)
+    planted, canaries = plant(population, scenario.privacy, scenario.seed)
+    poisoned = poison(planted, scenario.attack, lying, scenario.seed)
     head = initial_head(
         scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
     )
@@ -321,15 +325,25 @@ def make_federation(
         "extraction": features.facts["way"],
         "versions": machine.versions(),
     }
+    roster = planted.roster()
+    promise = make_promise(scenario, roster)
     federation = Federation(
         scenario,
-        population.roster(),
+        roster,
         head,
-        _strategy(scenario, population),
+        protected(_strategy(scenario, population), scenario, promise, roster.train),
         ENGINES[scenario.engine.kind](scenario, poisoned, store),
         identity,
+        promise,
+        simulated_sums(scenario, roster.train),
     )
-    notes = (*features.notes, *aligned, *_left_out(split), *_attack(scenario, population, lying))
+    notes = (
+        *features.notes,
+        *aligned,
+        *_left_out(split),
+        *_attack(scenario, population, lying),
+        *canary_notes(canaries, scenario.privacy.canary_labels),
+    )
     return Built(federation, population, leaks, replace(features, notes=notes))
 
 

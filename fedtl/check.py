@@ -63,7 +63,7 @@ def check_scenario(
     console.print(plan_table(opened, plan))
     console.print()
     console.print(class_table(opened.split, examples.labels, examples.classes))
-    for note in examples.notes:
+    for note in (*examples.notes, *plan.privacy_notes):
         console.print(f"[yellow]note[/] {shown(note)}")
     if same := degenerate(scenario.strategy.name, scenario.head.kind):
         console.print(f"[yellow]note[/] {same}")

@@ -22,6 +22,8 @@ class Progress:
         abandoned: rounds in a row, up to now, that missed the quorum.
         cohorts, batches: hash chains over who trained and in which batch order, so that two runs
             can be compared without their records.
+        dropouts: clients that went missing in secure sums.
+        aborted: rounds whose secure sum was given up.
     """
 
     round: int = 0
@@ -34,6 +36,8 @@ class Progress:
     train_seconds: float = 0.0
     rounds_bytes: int = 0
     clients_bytes: int = 0
+    dropouts: int = 0
+    aborted: int = 0
 
 
 def tensors_of(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
@@ -91,7 +95,8 @@ def restore(
         return initial, progress
     if not allow_changes:
         check_identity(commit.facts["identity"], identity, str(folder.path))
-    saved = {name: commit.facts[name] for name in Progress.__dataclass_fields__}
+    known = Progress.__dataclass_fields__
+    saved = {name: value for name, value in commit.facts.items() if name in known}
     saved["abandoned"] = 0  # whoever resumes has a reason to hope for more answers
     tensors = commit.tensors
     if _shapes(tensors) != _shapes(tensors_of(initial)):

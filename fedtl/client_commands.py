@@ -98,6 +98,15 @@ def start(
     folder: Folder = Path(),
     careless: Careless = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            metavar="WHAT",
+            help="Take no part without it: 'secagg' (secure aggregation), 'dp' (differential "
+            "privacy with an epsilon). May be given twice.",
+        ),
+    ] = None,
 ) -> None:
     """Take part: answer the server's requests until you stop it."""
     from fedtl.deployment.keys import only_name
@@ -107,7 +116,15 @@ def start(
     name = only_name(folder) if name is None else name
     with Interrupts() as interrupts:
         take_part(
-            join, name, data, folder, device, _console(), interrupts, insecure_permissions=careless
+            join,
+            name,
+            data,
+            folder,
+            device,
+            _console(),
+            interrupts,
+            insecure_permissions=careless,
+            demands=require or (),
         )
 
 

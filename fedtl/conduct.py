@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,13 @@ from fedtl.failpoints import failpoint
 from fedtl.interrupts import Interrupts
 from fedtl.planning import personal_at_end
 from fedtl.plans import Personal
+from fedtl.privacy_card import privacy_card, privacy_notes
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import keeps_statistics
 from fedtl.rounds import Federation, run_rounds
+from fedtl.spending import BudgetSpent
 from fedtl.strategies import last_notes
+from fedtl.strategies.class_gate import kept_back
 from fedtl.types import ClientUpdates, Head, Int64
 
 
@@ -62,11 +65,13 @@ class Outcome:
         head: the shared one.
         personal: what each client makes of it for itself, or None.
         rounds: how many there were.
+        privacy: what the summary says of it.
     """
 
     head: Head
     personal: Personal | None
     rounds: int
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,16 +134,20 @@ def conduct(
         started: ``time.perf_counter()`` when the whole began.
 
     Raises:
-        FedtlError: whatever stopped the run; what was committed is kept.
+        FedtlError: whatever stopped the run; what was committed is kept. Where that is the budget
+            of privacy, the run is whole all the same, with fewer rounds.
     """
     federation = prepared.federation
     with closing(federation.engine):
         before = time.perf_counter()
         federation.engine.start(federation.head)
         start_seconds = time.perf_counter() - before
-        observer.ready(prepared.notes, federation.roster.names)
+        notes = [*prepared.notes, *privacy_notes(federation)]
+        prepared = replace(prepared, notes=notes)
+        observer.ready(notes, federation.roster.names)
         folder.event("started", scenario_hash=federation.identity["scenario_hash"])
         interrupts.check("interrupted before the first round")
+        spent: BudgetSpent | None = None
         try:
             state, done = run_rounds(
                 federation,
@@ -152,16 +161,28 @@ def conduct(
             with suppress(OSError, FedtlError):  # what stopped the run is the one error to tell
                 folder.event("stopped", exit_code=error.exit_code, what=error.what)
                 folder.write_tables()
-            raise
-        for note in last_notes(federation.scenario, state):
+            if (
+                not isinstance(error, BudgetSpent)
+                or error.ended is None
+                or not error.ended[1].round
+            ):
+                raise
+            spent, (state, done) = error, error.ended  # no more rounds, but this head
+            prepared = replace(prepared, notes=[*notes, error.what])
+        kept = kept_back(federation.scenario, federation.roster, state)
+        for note in [*last_notes(federation.scenario, state), *kept]:
             observer.noted(note)
         own = personal_at_end(
             federation.scenario, federation.strategy, state, len(federation.roster.classes)
         )
-        outcome = Outcome(state.result, own, done.round)
-        return _conclude(
+        card = privacy_card(federation, folder.path, state, done)
+        outcome = Outcome(state.result, own, done.round, card)
+        summary = _conclude(
             prepared, folder, observer, interrupts, outcome, done, started, start_seconds
         )
+        if spent is not None:
+            raise spent
+        return summary
 
 
 def _conclude(
@@ -214,7 +235,7 @@ def _conclude(
     )
     _write_tables(prepared, folder, progress.round, judged, told)
     folder.write_head(head, _head_card(prepared))
-    summary = _summary(prepared, head, progress, judged, verdict)
+    summary = _summary(prepared, outcome, progress, judged, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds
     summary["seconds"] = {
         "extract": extract,
@@ -279,7 +300,7 @@ def _head_card(prepared: Prepared) -> dict[str, str]:
 
 def _summary(
     prepared: Prepared,
-    head: Head,
+    outcome: Outcome,
     progress: Progress,
     judged: Judged,
     verdict: Verdict,
@@ -295,13 +316,13 @@ def _summary(
         "strategy": scenario.strategy.name,
         "rounds_completed": progress.round,
         "num_clients": roster.num_clients,
-        "head_sha256": head_hash(head),
+        "head_sha256": head_hash(outcome.head),
         "final": heads["federated"].facts,
         "personal": heads["personal"].facts if "personal" in heads else None,
         "references": {n: j.facts for n, j in heads.items() if n not in SHOWN_APART},
         "bytes_up": progress.bytes_up,
         "bytes_down": progress.bytes_down,
-        "epsilon": None,
+        **outcome.privacy,
         "cohorts_blake2b": progress.cohorts,
         "batches_blake2b": progress.batches,
         "verdict": verdict.as_facts(),

@@ -11,12 +11,13 @@ from fedtl import machine
 from fedtl.build import OpenedData, allowed_threads
 from fedtl.planning import cohort_size, plan_round, scratch_rates
 from fedtl.plans import Task
+from fedtl.privacy.promise import Promise, make_promise
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import make_strategy
+from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.warm_start import WarmStart
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
-from fedtl.types import Head, head_bytes
+from fedtl.types import Head, Roster, head_bytes
 
 MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
@@ -59,8 +60,10 @@ class Forecast:
     scratch_epochs: int = 0
     """Of the reference from_scratch, 0 where it is not asked for; each takes all images."""
     scratch_seconds: float | None = 0.0
-    epsilon: None = None
-    """No differential privacy in this scenario: nothing bounds epsilon."""
+    epsilon: float | None = None
+    """After all rounds; None where nothing bounds it."""
+    privacy_notes: tuple[str, ...] = ()
+    """What to warn of before relying on it."""
 
 
 def forecast(opened: OpenedData) -> Forecast:
@@ -73,7 +76,11 @@ def forecast(opened: OpenedData) -> Forecast:
     cohort = min(clients, cohort_size(scenario, clients))
     share = cohort / clients
     parameters = sum(tensor.size for tensor in head.values())
-    sent = _exchanged(scenario, split.names, head, cohort)
+    roster = Roster(
+        split.names, split.domains, examples.classes, split.train.counts, split.test.counts, width
+    )
+    promise = make_promise(scenario, roster)
+    sent = _exchanged(scenario, roster, promise, head, cohort)
     bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
     feature_bytes = len(examples) * width * bytes_each
     flops = 4.0 * len(split.train.index) * share * parameters
@@ -103,6 +110,8 @@ def forecast(opened: OpenedData) -> Forecast:
         flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
         sent.task,
         *_scratch(opened),
+        None if promise is None else promise.epsilon_after(scenario.rounds),
+        () if promise is None else promise.notes,
     )
 
 
@@ -127,15 +136,23 @@ class Exchanged(NamedTuple):
     held_bytes: int
 
 
-def _exchanged(scenario: Scenario, names: tuple[str, ...], head: Head, cohort: int) -> Exchanged:
+def _exchanged(
+    scenario: Scenario, roster: Roster, promise: Promise | None, head: Head, cohort: int
+) -> Exchanged:
     """Of statistics every client sends its own once, so rounds end when all have."""
-    strategy, clients = make_strategy(scenario, names), len(names)
+    strategy, clients = make_strategy(scenario, roster.names), roster.num_clients
     rounds, down, up = scenario.rounds, 0, 0
+
+    def guarded(strategy: Strategy) -> Strategy:
+        return protected(strategy, scenario, promise, roster.train)
+
     if isinstance(strategy, WarmStart):
-        first = plan_round(scenario, clients, strategy, strategy.init(head, clients), 1)
+        whole = guarded(strategy)
+        first = plan_round(scenario, clients, whole, whole.init(head, clients), 1)
         down, up = first.down_bytes(head) * cohort, first.up_bytes(head) * cohort
         rounds -= 1
         strategy = strategy.then
+    strategy = guarded(strategy)
     state = strategy.init(head, clients)
     plan = plan_round(scenario, clients, strategy, state, 1)
     if plan.task == "statistics":

@@ -16,19 +16,29 @@ import numpy as np
 from fedtl import seeding
 from fedtl.clients.attacks import liars
 from fedtl.errors import client_of
-from fedtl.plans import Compression, Personal, RoundPlan
+from fedtl.plans import Compression, Personal, Protection, RoundPlan
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy, personal_of
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining
 
 
 def plan_round(
-    scenario: Scenario, num_clients: int, strategy: Strategy, state: ServerState, round: int
+    scenario: Scenario,
+    num_clients: int,
+    strategy: Strategy,
+    state: ServerState,
+    round: int,
+    *,
+    seeded_noise: bool = True,
 ) -> RoundPlan:
-    """The plan of a round (1 for the first), after the strategy has had its say."""
+    """The plan of a round (1 for the first), after the strategy has had its say.
+
+    Args:
+        seeded_noise: clients that add noise draw it from streams of the seed; real ones do not.
+    """
     wanted = cohort_size(scenario, num_clients)
     size = min(num_clients, math.ceil(wanted * scenario.participation.over_selection))
-    clients = sample_cohort(scenario.seed, round, num_clients, size)
+    clients = _cohort(scenario, num_clients, round, size)
     keys = seeding.client_keys(scenario.seed, "batches", round, clients)
     needed = wanted if wanted < size else None
     training = local_training(scenario, round)
@@ -36,6 +46,14 @@ def plan_round(
         training = replace(training, prior_strength=scenario.adaptation.prior_strength)
     plan = RoundPlan(round, clients, keys, training, needed)
     plan = strategy.plan(state, plan)
+    least = scenario.privacy.min_class_examples
+    if plan.task == "statistics" and least > 1:
+        gated = replace(plan.protection or Protection(), least_per_class=least)
+        plan = replace(plan, protection=gated)
+    own = plan.protection
+    if own is not None and (own.noise or own.example_noise) and seeded_noise:
+        streams = seeding.client_keys(scenario.seed, "noise", round, plan.clients)
+        plan = replace(plan, noise_keys=streams)
     packing = scenario.compression
     if packing.kind == "none" or plan.task != "train":
         return plan
@@ -70,9 +88,41 @@ def cohort_size(scenario: Scenario, num_clients: int) -> int:
     return max(1, round_half_up(scenario.clients.fraction * num_clients))
 
 
+def drawn_by_coins(scenario: Scenario) -> bool:
+    """Whether each client is in a round by a coin of its own, so that there may be none."""
+    return scenario.privacy.mechanism == "central" and scenario.privacy.sampling == "poisson"
+
+
+def _cohort(scenario: Scenario, num_clients: int, round: int, size: int) -> Int64:
+    """A round's clients, in the way that its promise of privacy counts on."""
+    if drawn_by_coins(scenario):
+        return poisson_cohort(scenario.seed, round, num_clients, scenario.clients.fraction)
+    if scenario.privacy.mechanism == "central" and scenario.privacy.sampling == "cyclic":
+        return cyclic_cohort(scenario.seed, round, num_clients, size)
+    return sample_cohort(scenario.seed, round, num_clients, size)
+
+
 def sample_cohort(seed: int, round: int, num_clients: int, size: int) -> Int64:
     """Sorted ids of a round's clients, drawn without replacement from the seeded stream."""
     return _drawn(num_clients, size, seeding.generator(seed, "cohort", round))
+
+
+def poisson_cohort(seed: int, round: int, num_clients: int, rate: float) -> Int64:
+    """Sorted ids of a round's clients, each by a coin of its own; there may be none."""
+    if rate >= 1:
+        return np.arange(num_clients, dtype=np.int64)
+    coins = seeding.generator(seed, "cohort", round).random(num_clients)
+    return np.flatnonzero(coins < rate).astype(np.int64)
+
+
+def cyclic_cohort(seed: int, round: int, num_clients: int, size: int) -> Int64:
+    """Sorted ids of a round's clients: a seeded order of all, dealt out ``size`` at a time.
+
+    Everybody has one turn in every ceil(K / size) rounds; the last turn may be smaller.
+    """
+    order = seeding.generator(seed, "cohort").permutation(num_clients)
+    turn = (round - 1) % -(-num_clients // size)
+    return np.sort(order[turn * size : (turn + 1) * size]).astype(np.int64)
 
 
 def judged_clients(scenario: Scenario, num_clients: int) -> Int64:

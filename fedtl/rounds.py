@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedtl.checkpoints import Progress, commit_of, restore, tensors_of
-from fedtl.clients.attacks import lie
-from fedtl.clients.compression import expand
-from fedtl.engines.base import Engine
 from fedtl.errors import PolicyStop
 from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.failpoints import failpoint
@@ -25,42 +22,19 @@ from fedtl.interrupts import Interrupts
 from fedtl.planning import (
     absent_clients,
     cohort_size,
+    drawn_by_coins,
     extend_digest,
-    first_answers,
     judged_clients,
-    liars_of,
     plan_round,
 )
-from fedtl.plans import RoundPlan, no_updates
+from fedtl.plans import RoundPlan
 from fedtl.results.records import CLIENTS
 from fedtl.results.runs import RunFolder
-from fedtl.results.statistics import KEPT_BYTES, keep_statistics
-from fedtl.scenario.schema import Scenario
-from fedtl.strategies.base import ServerState, Strategy, Summing, personal_of
-from fedtl.strategies.validation import accept_updates
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Roster
-
-WAVE_BYTES = 2**23
-"""Statistics of clients that are held at once; a single client's may be larger."""
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Everything the loop needs, ready made.
-
-    Attributes:
-        roster: who takes part; their data are the engine's business.
-        identity: what must not change between a run and its resumption (scenario hash, data
-            fingerprint, features' key, versions), JSON values.
-    """
-
-    scenario: Scenario
-    roster: Roster
-    head: Head
-    strategy: Strategy
-    engine: Engine
-    identity: Mapping[str, Any]
-
+from fedtl.round_training import Federation as Federation
+from fedtl.round_training import Trained, train_round
+from fedtl.spending import BudgetSpent, Spending
+from fedtl.strategies.base import ServerState, personal_of
+from fedtl.types import ClientUpdates, Head, Roster
 
 RoundObserver = Callable[[Mapping[str, Any], ClientUpdates], None]
 """Called after each commit with the round's row (columns of ``results.records.ROUNDS``) and the
@@ -80,11 +54,13 @@ def run_rounds(
 
     Args:
         allow_changes: go on although scenario, data or versions differ from the commit's.
-        tell: takes a line about a commit that is damaged.
+        tell: takes a line about a commit, or a ledger of privacy, that is damaged.
 
     Raises:
         PolicyStop: no client's update could be accepted, or too few clients answered for too many
             rounds; the last commit is kept.
+        BudgetSpent: the next round would spend more privacy than there is; it says where the rounds
+            ended.
         Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
         InputError: the commit belongs to another scenario, data set or version.
     """
@@ -92,6 +68,10 @@ def run_rounds(
         absent_clients(federation.scenario, federation.roster.names, absence.round)
     initial = federation.strategy.init(federation.head, federation.roster.num_clients)
     state, progress = restore(initial, federation.identity, folder, allow_changes, tell)
+    spending = Spending.of(federation.promise, folder.path, federation.scenario, federation.noise)
+    if spending.ledger.damaged is not None:
+        folder.event("damaged_ledger", note=spending.ledger.damaged)
+        tell(spending.ledger.damaged)
     total = federation.scenario.rounds
     while progress.round < total and not federation.strategy.finished(state):
         started = time.perf_counter()
@@ -101,20 +81,29 @@ def run_rounds(
             federation.strategy,
             state,
             progress.round + 1,
+            seeded_noise=federation.noise == "seeded",
         )
-        after, updates, norms = _trained(federation, folder, plan, state)
+        away = absent_clients(federation.scenario, federation.roster.names, plan.round)
+        try:
+            spending.begin(plan, away)
+        except BudgetSpent as stop:
+            stop.ended = state, progress
+            raise
+        trained = train_round(federation, folder, plan, state, spending)
+        updates = trained.updates
         failpoint("after_train", plan.round)
-        quorum = federation.scenario.participation.quorum
-        if plan.task == "statistics":  # who has answered before counts no less
-            cohort = cohort_size(federation.scenario, federation.roster.num_clients)
-            quorum = max(0, quorum - max(0, cohort - len(plan.clients)))
-        quorate = len(updates.clients) >= quorum
-        if quorate:
-            state = after() if len(updates.clients) else state
+        quorate = trained.after is not None and len(updates.clients) >= _quorum(federation, plan)
+        if quorate and (len(updates.clients) or spending.always):
+            spending.release()
+            failpoint("after_charge", plan.round)
+            assert trained.after is not None
+            state = trained.after(spending.noised(federation.strategy))
             _refuse_non_finite(state, plan.round)
         failpoint("after_aggregate", plan.round)
-        progress = _counted(progress, plan, updates, state.head, quorate)
-        row, progress = _record(federation, folder, state, plan, updates, norms, progress, quorate)
+        progress = _counted(progress, plan, trained, state.head, quorate)
+        last = plan.round == total or spending.nearly_spent or federation.strategy.finished(state)
+        row, progress = _record(federation, folder, state, plan, trained, progress, quorate, last)
+        row["epsilon"] = [spending.epsilon(plan.round)]
         seconds = time.perf_counter() - started
         progress = replace(progress, train_seconds=progress.train_seconds + seconds)
         row["seconds"] = [seconds]
@@ -130,82 +119,15 @@ def run_rounds(
     return state, progress
 
 
-def _trained(
-    federation: Federation, folder: RunFolder, plan: RoundPlan, state: ServerState
-) -> tuple[Callable[[], ServerState], ClientUpdates, Float64]:
-    """What takes the state over the round, the valid updates and their norms.
-
-    Statistics come a few clients at a time and are summed at once: they are too large to be held
-    together. Those that a strategy wants kept go to disk, one file per client.
-    """
-    strategy = federation.strategy
-    if plan.task != "statistics" or not isinstance(strategy, Summing):
-        updates, norms = _answers(federation, plan, state.head)
-        return lambda: strategy.step(state, updates), updates, norms
-    parts: list[ClientUpdates] = []
-    summed = state
-    each = plan.up_bytes(state.head)
-    at_a_time = max(1, getattr(federation.engine, "held_bytes", WAVE_BYTES) // each)
-    everybody = each * federation.roster.num_clients
-    keeps = getattr(strategy, "keep_statistics", False) and everybody <= KEPT_BYTES
-    for first in range(0, len(plan.clients), at_a_time):
-        wave = plan.part(np.arange(first, min(first + at_a_time, len(plan.clients))))
-        updates, _ = _answers(federation, wave, state.head, whole=False)
-        if len(updates.clients):
-            summed = strategy.absorb(summed, updates)
-            if keeps:
-                keep_statistics(folder.path, updates, federation.roster.names)
-        parts.append(replace(updates, tensors={}))
-        del updates  # or two waves would be held at once
-    updates = _joined(plan, parts)
-    return lambda: strategy.solve(summed), updates, np.full(len(updates.clients), np.nan)
-
-
-def _joined(plan: RoundPlan, parts: list[ClientUpdates]) -> ClientUpdates:
-    """Who answered in all the waves, without what they sent."""
-    return ClientUpdates(
-        plan.round,
-        np.concatenate([p.clients for p in parts] or [np.empty(0, np.int64)]),
-        {},
-        np.concatenate([p.num_examples for p in parts] or [np.empty(0, np.int64)]),
-        np.concatenate([p.loss for p in parts] or [np.empty(0)]),
-        tuple(failure for p in parts for failure in p.failures),
-        plan.training,
-    )
-
-
-def _answers(
-    federation: Federation, plan: RoundPlan, head: Head, *, whole: bool = True
-) -> tuple[ClientUpdates, Float64]:
-    """The round's valid updates, with a failure for each planned client that has none.
-
-    Args:
-        whole: they are all that counts; else, that nobody's can be used stops nothing.
-    """
-    scenario, roster = federation.scenario, federation.roster
-    absent = absent_clients(scenario, roster.names, plan.round)
-    asked = plan.without(absent)
-    replies = list(federation.engine.run_clients(asked, head)) if len(asked.clients) else []
-    answered = {client for reply in replies for client in reply.clients.tolist()}
-    if left := set(plan.clients.tolist()) & set(absent.tolist()):
-        away = tuple(ClientFailure(client, "absent, as the scenario has it") for client in left)
-        replies.append(no_updates(plan, head, away))
-    replies = [expand(reply, head, plan) for reply in replies]
-    unpacked = replace(plan, compression=None)
-    lying = liars_of(scenario, roster.names)
-    replies = lie(replies, unpacked, head, scenario.attack, lying, scenario.seed)
-    updates, norms = accept_updates(
-        replies, unpacked, head, roster.train, scenario.validation.max_norm_ratio
-    )
-    useless = len(updates.clients) == 0 and answered >= set(asked.clients.tolist())
-    if whole and useless and answered:
-        raise PolicyStop(
-            f"no update of round {plan.round} could be used, that of "
-            f"{roster.names[updates.failures[0].client]} because {updates.failures[0].reason}; "
-            f"{plan.round - 1} rounds are kept",
-            do="The training diverged or the data are broken: lower training.learning_rate",
-        )
-    return first_answers(updates, norms, plan, scenario.seed)
+def _quorum(federation: Federation, plan: RoundPlan) -> int:
+    """Updates with which the round counts."""
+    quorum = federation.scenario.participation.quorum
+    if plan.task == "statistics":  # who has answered before counts no less
+        cohort = cohort_size(federation.scenario, federation.roster.num_clients)
+        return max(0, quorum - max(0, cohort - len(plan.clients)))
+    if drawn_by_coins(federation.scenario):
+        return min(quorum, len(plan.clients))  # coins may choose fewer, or nobody
+    return quorum
 
 
 def _below_quorum(federation: Federation, updates: ClientUpdates, progress: Progress) -> PolicyStop:
@@ -232,10 +154,10 @@ def _refuse_non_finite(state: ServerState, round: int) -> None:
 
 
 def _counted(
-    progress: Progress, plan: RoundPlan, updates: ClientUpdates, head: Head, quorate: bool
+    progress: Progress, plan: RoundPlan, trained: Trained, head: Head, quorate: bool
 ) -> Progress:
     """Logical payload: the head to each planned client, and back from each accepted one."""
-    own = plan.training
+    own, updates = plan.training, trained.updates
     order = np.array([own.epochs, own.batch_size], np.int64)
     return replace(
         progress,
@@ -248,6 +170,8 @@ def _counted(
         bytes_down=progress.bytes_down + plan.down_bytes(head) * len(plan.clients),
         bytes_up=progress.bytes_up + plan.up_bytes(head) * len(updates.clients),
         client_rounds=progress.client_rounds + len(updates.clients),
+        dropouts=progress.dropouts + trained.dropouts,
+        aborted=progress.aborted + (trained.after is None),
     )
 
 
@@ -256,16 +180,20 @@ def _record(
     folder: RunFolder,
     state: ServerState,
     plan: RoundPlan,
-    updates: ClientUpdates,
-    norms: Float64,
+    trained: Trained,
     progress: Progress,
     quorate: bool,
+    last: bool,
 ) -> tuple[dict[str, list[Any]], Progress]:
     """Append the clients' rows; return the round's row (without its seconds)."""
-    scenario, roster = federation.scenario, federation.roster
-    blocks = [_training_rows(roster, plan, updates, norms, quorate)]
-    trained = max(1, updates.num_examples.sum())
-    loss = float((updates.loss * updates.num_examples).sum() / trained)
+    scenario, roster, updates = federation.scenario, federation.roster, trained.updates
+    if federation.promise is not None:  # neither losses nor lengths have noise
+        unknown = np.full(len(updates.clients), np.nan)
+        updates = replace(updates, loss=unknown)
+        trained = replace(trained, updates=updates, norms=unknown)
+    blocks = [_training_rows(roster, plan, trained, quorate)]
+    examples = max(1, updates.num_examples.sum())
+    loss = float((updates.loss * updates.num_examples).sum() / examples)
     row: dict[str, list[Any]] = {
         "round": [plan.round],
         "cohort": [len(plan.clients)],
@@ -282,7 +210,6 @@ def _record(
             "accuracy_client_mean", "worst_decile_accuracy", "spread",
         )
     )  # fmt: skip
-    last = plan.round == scenario.rounds or federation.strategy.finished(state)
     own = personal_of(federation.strategy, state)
     whole = own is None or not own.completes  # else only clients have something to judge
     if whole and (plan.round % scenario.evaluation.every == 0 or last):
@@ -298,9 +225,10 @@ def _record(
 
 
 def _training_rows(
-    roster: Roster, plan: RoundPlan, updates: ClientUpdates, norms: Float64, quorate: bool
+    roster: Roster, plan: RoundPlan, trained: Trained, quorate: bool
 ) -> dict[str, Any]:
     """One row per planned client: what it trained, or why it is not in the round."""
+    updates, norms = trained.updates, trained.norms
     failed = updates.failures
     absent = [None] * len(failed)
     clients = np.concatenate([updates.clients, np.array([f.client for f in failed], np.int64)])
@@ -314,6 +242,6 @@ def _training_rows(
         "split": ["train"] * size,
         "examples": roster.train[clients],
         "loss": [*map(defined, updates.loss.tolist()), *absent],
-        "update_norm": [*norms.tolist(), *absent],
+        "update_norm": [*map(defined, norms.tolist()), *absent],
         "status": [used] * len(norms) + [f"unused: {f.reason}" for f in failed],
     }

@@ -22,7 +22,9 @@ from fedtl.build import OpenedData
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
+from fedtl.privacy_card import promised
 from fedtl.scenario.compatibility import CLOSED_FORMS
+from fedtl.scenario.privacy import unit_of
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
 from fedtl.types import ClientUpdates
@@ -119,11 +121,23 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         "time": f"trunk {duration(plan.extract_seconds)}, rounds {duration(plan.train_seconds)}"
         + (f", from scratch {duration(plan.scratch_seconds)}" if plan.scratch_epochs else "")
         + " (estimates)",
-        "privacy": "data stay at the clients; no differential privacy, epsilon is not bounded",
+        "privacy": privacy_words(scenario, plan.epsilon),
     }
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/]", shown(text))
     return table
+
+
+def privacy_words(scenario: Scenario, epsilon: float | None) -> str:
+    """What is promised of all rounds."""
+    asked = scenario.privacy
+    unit = unit_of(asked)
+    words = "data stay at the clients; no differential privacy, epsilon is not bounded"
+    if unit is not None:
+        words = promised(asked.mechanism, unit, epsilon, asked.delta)
+    if asked.secure_aggregation != "none":
+        words += f"; secure aggregation ({asked.secure_aggregation})"
+    return words
 
 
 def strategy_words(scenario: Scenario, plan: Forecast) -> str:
@@ -259,6 +273,8 @@ class Terminal:
                 "pooled optimum.",
                 highlight=False,
             )
+        for line in privacy_lines(summary):
+            self.console.print(shown(line), highlight=False)
         seconds = summary["seconds"]
         self.console.print(
             f"Moved {size(summary['bytes_up'] + summary['bytes_down'])} "
@@ -300,6 +316,23 @@ class Terminal:
             self._live = None
 
 
+def privacy_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was promised and spent, and what it rests on."""
+    facts = summary.get("privacy")
+    if facts is None:
+        return []
+    lines = []
+    if facts["unit"] is not None:
+        spent = facts["epsilon"], facts["delta"]
+        lines.append(f"{promised(facts['mechanism'], facts['unit'], *spent)}.")
+    if (secure := facts["secure_aggregation"]) is not None:
+        lines.append(
+            f"Sums were made in secret ({secure['protocol']}): {secure['dropouts']} dropouts, "
+            f"{secure['aborted_rounds']} rounds given up."
+        )
+    return [*lines, *(f"  assumed: {sentence}" for sentence in facts["assumptions"])]
+
+
 HEADS = {
     "federated": "federated",
     "personal": "each client's own, from it",
@@ -308,6 +341,7 @@ HEADS = {
     "best_client": "best of these, for all",
     "centralised": "everybody pooled",
     "ridge": "pooled ridge",
+    "unprotected": "the same, without privacy",
     "from_scratch": "everybody pooled, from scratch",
 }
 """What is compared at the end of a run, in the order and the words in which it is shown."""
@@ -333,11 +367,20 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
 def next_commands(scenario: Scenario, name: str, folder: Path) -> list[str]:
     """Commands worth typing after this run, each with the question it answers."""
     other = "fedprox" if scenario.strategy.name == "fedavg" else "fedavg"
+    quoted = shlex.quote(str(folder))
     commands = [
-        (f"fedtl report {shlex.quote(str(folder))}", "join, stay alone or personalise?"),
+        (f"fedtl report {quoted}", "join, stay alone or personalise?"),
         (f"fedtl run {name} --seeds 3", "was it luck?"),
-        (f"fedtl run {name} --set strategy.name={other}", "is there a better strategy?"),
     ]
+    asked = scenario.privacy
+    if asked.mechanism != "none" or asked.secure_aggregation != "none":  # not all go with these
+        commands.append((f"fedtl audit {quoted}", "what would attacks find in this head?"))
+        if asked.mechanism != "none":
+            commands.append((f"fedtl privacy {name}", "what would other noise cost?"))
+        return _explained(commands)
+    commands.append(
+        (f"fedtl run {name} --set strategy.name={other}", "is there a better strategy?")
+    )
     if scenario.clients.partition == "dirichlet":
         alpha = scenario.clients.alpha / 5
         commands.append((f"fedtl run {name} --set clients.alpha={alpha:g}", "and with more skew?"))
@@ -348,5 +391,9 @@ def next_commands(scenario: Scenario, name: str, folder: Path) -> list[str]:
         commands.append(
             (f"fedtl run {name} --set training.learning_rate={rate:g}", "and in smaller steps?")
         )
+    return _explained(commands)
+
+
+def _explained(commands: Sequence[tuple[str, str]]) -> list[str]:
     width = max(len(command) for command, _ in commands)
     return [f"{command.ljust(width)}  # {why}" for command, why in commands]

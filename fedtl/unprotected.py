@@ -38,20 +38,22 @@ def train_unprotected(built: Built, check: Callable[[], None]) -> Head:
         built: the protected federation and everybody's true data.
         check: called after each round; it raises to stop.
     """
-    protected = built.federation
+    protected, roster = built.federation, built.population.roster()
     scenario = without_privacy(protected.scenario)
     with TemporaryDirectory(prefix="fedtl-unprotected-") as place:
         store = PersonalStore(Path(place) / "personal")
         engine = ENGINES["local"](scenario, built.population, store)
-        strategy = make_strategy(scenario, protected.roster.names)
+        strategy = make_strategy(scenario, roster.names)
         federation = Federation(
-            scenario, protected.roster, protected.head, strategy, engine, protected.identity
+            scenario, roster, protected.head, strategy, engine, protected.identity
         )
         folder = RunFolder.create(Path(place) / "run", dump_scenario(scenario))
         try:
             with closing(engine):
                 engine.start(federation.head)
-                state, _ = run_rounds(federation, folder, lambda row, updates: check(), Interrupts())
+                state, _ = run_rounds(
+                    federation, folder, lambda row, updates: check(), Interrupts()
+                )
         finally:
             folder.release()
     return state.result

@@ -14,7 +14,8 @@ from numba import njit
 
 from fedtl.types import Int64
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""From one number of a stream to the next."""
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -23,10 +24,18 @@ _ONE = np.uint64(1)
 
 
 @njit(nogil=True, cache=True)
-def _mix(state: np.uint64) -> np.uint64:
+def mix(state: np.uint64) -> np.uint64:
+    """The number of a stream that stands at ``state``."""
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))
+
+
+@njit(nogil=True, cache=True)
+def stream_start(key: np.uint64, which: int) -> np.uint64:
+    """Where stream ``which`` (0 or more) of a key starts; its numbers are mix(start + i * GAMMA)
+    for i = 1, 2, ... ``which`` is mixed before it meets the key: neighbours share no part."""
+    return mix(key ^ mix((np.uint64(which) + _ONE) * GAMMA))
 
 
 @njit(nogil=True, cache=True)
@@ -34,17 +43,16 @@ def fill_order(key: np.uint64, epoch: int, order: Int64) -> None:
     """Write the permutation of ``len(order)`` examples into ``order`` (int64, below 2**32)."""
     for position in range(len(order)):
         order[position] = position
-    # The epoch is mixed before it meets the key: neighbouring epochs share no part of a stream.
-    counter = _mix(key ^ _mix((np.uint64(epoch) + _ONE) * _GAMMA))
+    counter = stream_start(key, epoch)
     for last in range(len(order) - 1, 0, -1):
         bound = np.uint64(last + 1)
-        counter += _GAMMA
-        product = (_mix(counter) >> np.uint64(32)) * bound
+        counter += GAMMA
+        product = (mix(counter) >> np.uint64(32)) * bound
         if product & _LOW < bound:
             threshold = (_SPAN - bound) % bound
             while product & _LOW < threshold:
-                counter += _GAMMA
-                product = (_mix(counter) >> np.uint64(32)) * bound
+                counter += GAMMA
+                product = (mix(counter) >> np.uint64(32)) * bound
         other = np.int64(product >> np.uint64(32))
         order[last], order[other] = order[other], order[last]
 

@@ -130,7 +130,7 @@ def expand(reply: ClientUpdates, head: Head, plan: RoundPlan) -> ClientUpdates:
     for place, i in enumerate(keep.tolist()):
         with np.errstate(over="ignore"):  # refused by validation, as any head that is not finite
             sent = _unpack(rows[i], head)
-            for name, part in _parts(head).items():
+            for name, part in parts_of(head).items():
                 tensors[name][place] = head[name] + sent[part].reshape(head[name].shape)
     bad = (ClientFailure(int(reply.clients[i]), fault) for i, fault in faults.items())
     return replace(
@@ -147,7 +147,7 @@ def _flat(tensors: Head) -> Float32:
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
 
 
-def _parts(head: Head) -> dict[str, slice]:
+def parts_of(head: Head) -> dict[str, slice]:
     """Where each tensor of the head is in the flat vector."""
     parts, start = {}, 0
     for name in sorted(head):
@@ -177,7 +177,7 @@ def _pack(delta: Float32, head: Head, shapes: Shapes) -> Packed:
     if PLACES in shapes:
         places = _largest(np.abs(delta), shapes[PLACES][0][0])
         return {PLACES: places.astype(np.int32), VALUES: delta[places]}
-    parts = [delta[part] for part in _parts(head).values()]
+    parts = [delta[part] for part in parts_of(head).values()]
     if BITS in shapes:
         means = [np.abs(part).mean(dtype=np.float64) for part in parts]
         return {BITS: np.packbits(delta >= 0), STEPS: np.array(means, np.float32)}
@@ -188,7 +188,7 @@ def _pack(delta: Float32, head: Head, shapes: Shapes) -> Packed:
 
 def _unpack(packed: Packed, head: Head) -> Float32:
     """c(v) from what travelled, float32 [P]; client and server compute it alike."""
-    parts = _parts(head)
+    parts = parts_of(head)
     size = sum(tensor.size for tensor in head.values())
     if PLACES in packed:
         sent = np.zeros(size, np.float32)

@@ -17,7 +17,7 @@ from fedtl.clients.batches import fill_order
 from fedtl.clients.tiles import CLASSES, LANES, SAMPLES, VECTORS, gradient, scores
 from fedtl.types import Float32, Float64, Int32, Int64, UInt64
 
-BUILT_ON = "1389a709"
+BUILT_ON = "a809674f"
 """Digest of batches.py and tiles.py. Numba's cache on disk looks at this file alone and would go on
 using what it compiled from their older text; a test says what to write here."""
 BLOCK = 64
@@ -34,7 +34,7 @@ _SMALLEST = np.float32(-87.0)  # exp of it is still a normal float32
 _HALF_SCALE = np.float32(2.0**112)  # between the exponents of float16 and float32
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """One call's own memory, small enough for a core's caches.
 
     Attributes:
@@ -72,11 +72,12 @@ def _aligned(rows: int, columns: int) -> Float32:
 
 
 @njit(nogil=True, cache=True)
-def _workplace(num_classes: int, width: int, copies: bool, corrected: bool) -> _Work:
+def workplace(num_classes: int, width: int, copies: bool, corrected: bool) -> Work:
+    """Zeros; ``copies`` has room for rows that are copied, ``corrected`` for ``extra``."""
     num_vectors = (width + LANES - 1) // LANES
     # 16 floats hold the bias, and keep rows from lying 2 KB or 4 KB apart, in the same cache sets.
     stride = num_vectors * LANES + 16
-    return _Work(
+    return Work(
         _aligned(num_classes, stride),
         _aligned(num_classes, stride),
         _aligned(num_classes, stride),
@@ -122,7 +123,7 @@ def _widen(half: np.uint16) -> np.float32:
 
 
 @njit(nogil=True, cache=True)
-def _place(features: Float32, halves: npt.NDArray[np.uint16], rows: Int64, work: _Work) -> None:
+def place(features: Float32, halves: npt.NDArray[np.uint16], rows: Int64, work: Work) -> None:
     """Note where each row lies. Half-width rows, and rows of no whole vectors, are copied."""
     width = features.shape[1]
     for s in range(len(rows)):
@@ -139,7 +140,7 @@ def _place(features: Float32, halves: npt.NDArray[np.uint16], rows: Int64, work:
 
 
 @njit(nogil=True, cache=True)
-def _forward(num: int, work: _Work) -> None:
+def forward(num: int, work: Work) -> None:
     """Write logits[c, s] of ``num`` samples; the rest of a line is unspecified."""
     num_classes, logits = len(work.weight), work.logits
     for c in range(0, num_classes, CLASSES):
@@ -156,7 +157,7 @@ def _forward(num: int, work: _Work) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _backward(num: int, work: _Work) -> None:
+def backward(num: int, work: Work) -> None:
     """Add the gradient of ``num`` samples whose residuals stand in ``logits``."""
     num_classes = len(work.grad)
     v = 0
@@ -175,7 +176,7 @@ def _backward(num: int, work: _Work) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _exponentials(logits: Float32, top: Float32, total: Float32) -> None:
+def exponentials(logits: Float32, top: Float32, total: Float32) -> None:
     """Turn logits[c, s] into exp(logit - top[s]); ``total`` becomes their sum per sample."""
     for s in range(BLOCK):
         top[s] = logits[0, s]
@@ -191,19 +192,19 @@ def _exponentials(logits: Float32, top: Float32, total: Float32) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _losses(labels: Int32, chosen: Int64, work: _Work) -> float:
+def _losses(labels: Int32, chosen: Int64, work: Work) -> float:
     """Turn logits into exponentials and return the summed cross-entropy."""
     loss = 0.0
     for s in range(len(chosen)):
         loss -= work.logits[labels[chosen[s]], s]
-    _exponentials(work.logits, work.top, work.total)
+    exponentials(work.logits, work.top, work.total)
     for s in range(len(chosen)):
         loss += np.log(np.float64(work.total[s])) + work.top[s]
     return loss
 
 
 @njit(nogil=True, cache=True)
-def _residuals(labels: Int32, chosen: Int64, share: np.float32, work: _Work) -> None:
+def _residuals(labels: Int32, chosen: Int64, share: np.float32, work: Work) -> None:
     """Turn exponentials into share * (probability - truth)."""
     logits, total = work.logits, work.total
     for s in range(BLOCK):
@@ -216,7 +217,7 @@ def _residuals(labels: Int32, chosen: Int64, share: np.float32, work: _Work) -> 
 
 
 @njit(nogil=True, cache=True)
-def _descend(
+def descend(
     weight: Float32, start: Float32, speed: Float32, grad: Float32, extra: Float32,
     rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32,
 ) -> None:  # fmt: skip
@@ -237,7 +238,8 @@ def _descend(
 
 
 @njit(nogil=True, cache=True)
-def _out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
+def out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
+    """Whether a row, or its label, is none."""
     for row in rows:
         if row < 0 or row >= len(labels) or labels[row] < 0 or labels[row] >= num_classes:
             return True
@@ -245,7 +247,7 @@ def _out_of_range(rows: Int64, labels: Int32, num_classes: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def _take(weight: Float32, bias: Float32, own: Float32, num_vectors: int) -> None:
+def take(weight: Float32, bias: Float32, own: Float32, num_vectors: int) -> None:
     """Take over a head [C, D] and [C]; written as loops, which compile in a tenth of the time."""
     for c in range(len(bias)):
         for d in range(weight.shape[1]):
@@ -254,19 +256,19 @@ def _take(weight: Float32, bias: Float32, own: Float32, num_vectors: int) -> Non
 
 
 @njit(nogil=True, cache=True)
-def _give(work: _Work, weight: Float32, bias: Float32) -> None:
-    """Write the head out to [C, D] and [C]."""
+def give(own: Float32, num_vectors: int, weight: Float32, bias: Float32) -> None:
+    """Write a head out to [C, D] and [C]."""
     for c in range(len(bias)):
         for d in range(weight.shape[1]):
-            weight[c, d] = work.weight[c, d]
-        bias[c] = work.weight[c, work.num_vectors * LANES]
+            weight[c, d] = own[c, d]
+        bias[c] = own[c, num_vectors * LANES]
 
 
 @njit(nogil=True, cache=True)
 def _train_client(
     features: Float32, halves: npt.NDArray[np.uint16], labels: Int32, rows: Int64, key: np.uint64,
     epochs: int, batch_size: int,
-    rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32, work: _Work,
+    rate: np.float32, momentum: np.float32, decay: np.float32, proximal: np.float32, work: Work,
 ) -> float:  # fmt: skip
     """Train ``work.weight`` on one client's rows; returns the first epoch's summed loss."""
     weight, start = work.weight.reshape(-1), work.start.reshape(-1)
@@ -286,20 +288,20 @@ def _train_client(
             for begin in range(low, high, BLOCK):
                 end = min(begin + BLOCK, high)
                 chosen = rows[order[begin:end]]
-                _place(features, halves, chosen, work)
-                _forward(len(chosen), work)
+                place(features, halves, chosen, work)
+                forward(len(chosen), work)
                 if epoch == 0:
                     loss += _losses(labels, chosen, work)
                 else:
-                    _exponentials(work.logits, work.top, work.total)
+                    exponentials(work.logits, work.top, work.total)
                 _residuals(labels, chosen, share, work)
                 following = order[end : end + BLOCK] if end < len(rows) else later[:BLOCK]
                 for s in range(len(following)):
                     work.upcoming[s] = features.ctypes.data + (
                         rows[following[s]] * features.shape[1] * 4
                     )
-                _backward(len(chosen), work)
-            _descend(weight, start, speed, grad, extra, rate, momentum, decay, proximal)
+                backward(len(chosen), work)
+            descend(weight, start, speed, grad, extra, rate, momentum, decay, proximal)
     return loss
 
 
@@ -331,20 +333,20 @@ def train_block(
         EVERYTHING_FINE, or the first client whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    work = _workplace(num_classes, width, len(halves) > 0, len(extra_biases) > 0)
+    work = workplace(num_classes, width, len(halves) > 0, len(extra_biases) > 0)
     for i in range(len(starts)):
         rows = index[starts[i] : stops[i]]
-        if _out_of_range(rows, labels, num_classes):
+        if out_of_range(rows, labels, num_classes):
             return i
         first = i if len(weights) > 1 else 0
-        _take(weights[first], biases[first], work.weight, work.num_vectors)
+        take(weights[first], biases[first], work.weight, work.num_vectors)
         if len(extra_biases) > 0:
-            _take(extra_weights[i], extra_biases[i], work.extra, work.num_vectors)
+            take(extra_weights[i], extra_biases[i], work.extra, work.num_vectors)
         loss = _train_client(
             features, halves, labels, rows, keys[i],
             epochs, batch_size, rate, momentum, decay, proximal, work,
         )  # fmt: skip
-        _give(work, out_weights[i], out_biases[i])
+        give(work.weight, work.num_vectors, out_weights[i], out_biases[i])
         out_loss[i] = loss / len(rows) if len(rows) > 0 and epochs > 0 else np.nan
     return EVERYTHING_FINE
 
@@ -367,18 +369,18 @@ def evaluate_block(
         EVERYTHING_FINE, or the first i whose rows or labels are out of range.
     """
     num_classes, width = weights.shape[1:]
-    work = _workplace(num_classes, width, len(halves) > 0, False)
-    place = 0
+    work = workplace(num_classes, width, len(halves) > 0, False)
+    judged = 0
     for i in range(len(starts)):
-        if _out_of_range(index[starts[i] : stops[i]], labels, num_classes):
+        if out_of_range(index[starts[i] : stops[i]], labels, num_classes):
             return i
         if i == 0 or len(weights) > 1:
-            _take(weights[i], biases[i], work.weight, work.num_vectors)
+            take(weights[i], biases[i], work.weight, work.num_vectors)
         loss = 0.0
         for begin in range(starts[i], stops[i], BLOCK):
             chosen = index[begin : min(begin + BLOCK, stops[i])]
-            _place(features, halves, chosen, work)
-            _forward(len(chosen), work)
+            place(features, halves, chosen, work)
+            forward(len(chosen), work)
             for s in range(len(chosen)):
                 label, best = labels[chosen[s]], 0
                 for c in range(1, num_classes):
@@ -387,8 +389,8 @@ def evaluate_block(
                 count[i, label] += 1
                 correct[i, label] += best == label
                 if len(right) > 0:
-                    right[place + s] = best == label
-            place += len(chosen)
+                    right[judged + s] = best == label
+            judged += len(chosen)
             loss += _losses(labels, chosen, work)
         loss_sum[i] = loss
     return EVERYTHING_FINE

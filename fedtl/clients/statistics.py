@@ -1,7 +1,8 @@
 """Sums over a client's rows from which closed-form heads follow: counts, class sums, Gram matrix.
 
 Sources: Fed3R, Fanì et al. 2024 (arXiv 2406.01116); its random features are those of
-Rahimi and Recht 2007, z = sqrt(2/R) cos(x Omega + b). Deviation: everything is multiplied and added
+Rahimi and Recht 2007, z = sqrt(2/R) cos(x Omega + b). What a protection does to rows and answers:
+``privacy.statistics``. Deviation: everything is multiplied and added
 in float64, so that heads from any split agree to 1e-14 (in float32 only to 1e-6).
 
 Rows are read in blocks of fixed size and the Gram matrix is made in tiles of fixed size, so the
@@ -24,7 +25,9 @@ import numpy.typing as npt
 from fedtl import seeding
 from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
 from fedtl.clients.training import check_clients
-from fedtl.plans import RoundPlan, Statistics
+from fedtl.plans import Protection, RoundPlan, Statistics
+from fedtl.privacy.noise import Noise, from_system, seeded
+from fedtl.privacy.statistics import protect_answer, protect_rows
 from fedtl.types import ClientUpdates, Float64, Head, Int64, Population
 
 BLOCK_ROWS = 512
@@ -44,19 +47,27 @@ Spread = Callable[[Callable[[Any], None], Any], Any]
 
 
 def statistics(
-    population: Population, head: Head, plan: RoundPlan, *, threads: int = 1
+    population: Population,
+    head: Head,
+    plan: RoundPlan,
+    *,
+    threads: int = 1,
+    secure: bool = False,
 ) -> ClientUpdates:
     """Sum the plan's statistics over each client's training rows.
 
     Args:
         population: ``features`` float32 or float16 [N, D], may be memory-mapped.
         head: its ``weight`` has a row per class.
-        plan: who is asked, and for which ``Statistics``.
+        plan: who is asked, for which ``Statistics``, under which protection.
         threads: CPU threads; the result does not depend on it.
+        secure: noise is the operating system's, as these are real data; else of the plan's keys.
 
     Returns:
-        The tensors that ``plan.reply(head)`` names; zeros for a client without rows; no loss (NaN).
-        A feature that is not finite survives to the sums.
+        The tensors that ``plan.plain_reply(head)`` names; zeros for a client without rows; no loss
+        (NaN). A feature that is not finite survives to the sums, unless rows are shortened.
+        Examples of a class that has fewer than ``Protection.least_per_class`` at a client are in
+        none of its sums, and still among its ``num_examples``, which everybody knows.
 
     Raises:
         InputError: an unknown client, or labels outside the classes.
@@ -65,14 +76,22 @@ def statistics(
     check_clients(population, plan.clients)
     asked = plan.statistics
     assert asked is not None
-    count = len(plan.clients)
+    safe = plan.protection or Protection()
+    count, shapes = len(plan.clients), plan.plain_reply(head)
     tensors: dict[str, npt.NDArray[Any]] = {
-        name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in plan.reply(head).items()
+        name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in shapes.items()
     }
+    shielded = safe.clip > 0 or safe.noise > 0
+    if shielded:  # no class count stays whole
+        tensors["counts"] = tensors["counts"].astype(np.float64)
 
     def work(i: int, spread: Spread) -> None:
         own = {name: tensor[i] for name, tensor in tensors.items()}
-        _sum_client(population, int(plan.clients[i]), asked, own, spread)
+        _sum_client(population, int(plan.clients[i]), asked, safe, own, spread)
+        if shielded:
+            noise = _noise(plan, i, secure) if safe.noise else None
+            for name, tensor in protect_answer(own, asked, safe, noise).items():
+                own[name][...] = tensor
 
     def block(first: int, stop: int) -> None:
         for i in range(first, stop):
@@ -89,10 +108,19 @@ def statistics(
     return ClientUpdates(plan.round, plan.clients, tensors, examples, np.full(count, np.nan))
 
 
+def _noise(plan: RoundPlan, place: int, secure: bool) -> Noise:
+    """The stream of the client at this place of the plan."""
+    if secure:
+        return from_system()
+    assert plan.noise_keys is not None, "noise that is not the system's has a key"
+    return seeded(int(plan.noise_keys[place]))
+
+
 def _sum_client(
     population: Population,
     client: int,
     asked: Statistics,
+    safe: Protection,
     out: dict[str, npt.NDArray[Any]],
     spread: Spread,
 ) -> None:
@@ -100,19 +128,24 @@ def _sum_client(
     rows = population.train.of(client)
     num_classes, width = out["sums"].shape
     labels = labels_of(population, client, rows, num_classes)
-    out["counts"][:] = np.bincount(labels, minlength=num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    if safe.least_per_class > 1:
+        counts[counts < safe.least_per_class] = 0
+        held = counts[labels] > 0
+        rows, labels = rows[held], labels[held]
+    out["counts"][:] = counts
     block = np.empty((min(BLOCK_ROWS, max(1, len(rows))), width))
     gram = np.zeros((width, width)) if asked.gram or asked.class_grams else None
     if not asked.class_grams:
-        _sum_rows(population, rows, labels, asked, block, gram, out["sums"], spread)
+        _sum_rows(population, rows, labels, asked, safe, block, gram, out["sums"], spread)
         if gram is not None:
             pack_symmetric(gram, out["gram"])
         return
     assert gram is not None
-    for c in np.flatnonzero(out["counts"]).tolist():
+    for c in np.flatnonzero(counts).tolist():
         gram[:] = 0
         own = labels == c
-        _sum_rows(population, rows[own], labels[own], asked, block, gram, out["sums"], spread)
+        _sum_rows(population, rows[own], labels[own], asked, safe, block, gram, out["sums"], spread)
         pack_symmetric(gram, out["class_grams"][c])
         if asked.gram:
             out["gram"] += out["class_grams"][c]
@@ -123,6 +156,7 @@ def _sum_rows(
     rows: Int64,
     labels: npt.NDArray[np.integer],
     asked: Statistics,
+    safe: Protection,
     block: Float64,
     gram: Float64 | None,
     sums: Float64,
@@ -144,6 +178,8 @@ def _sum_rows(
         def convert(low: int, chosen: Int64 = chosen, z: Float64 = z) -> None:
             some = slice(low, low + SLICE_ROWS)
             _map_rows(population.features[chosen[some]], asked, z[some])
+            if safe.row_clip:
+                protect_rows(z[some], asked, safe.row_clip)
 
         def add(
             tile: tuple[tuple[int, int], tuple[int, int]],

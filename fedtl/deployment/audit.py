@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedtl.engines.node import Sent
+from fedtl.engines.node import MASKED, Sent
 from fedtl.errors import EnvironmentFault, InputError, SecurityRefusal, writing
 
 START = "0" * 64
@@ -38,7 +38,8 @@ class Tally:
     Attributes:
         lines: whole entries.
         torn: lines that crashes left.
-        messages, num_bytes, numbers: by kind of message; numbers are elements of tensors.
+        messages, num_bytes, numbers: by kind of message, masked answers apart; numbers are
+            elements of tensors.
         first, last: times of the first and the last entry.
         head: hash of the last entry, ``START`` where there is none.
     """
@@ -58,6 +59,7 @@ class Tally:
         self.first = self.first or self.last
         kind = str(entry["kind"])
         if "sha256" in entry:
+            kind += ", under masks" if dict(entry["facts"]).get(MASKED) else ""
             self.messages[kind] += 1
             self.num_bytes[kind] += int(entry["bytes"])
             self.numbers[kind] += int(entry["numbers"])

@@ -30,6 +30,7 @@ from fedtl.evaluation.gaps import from_statistics
 from fedtl.gap import FORMAT
 from fedtl.gap_terminal import print_gap
 from fedtl.interrupts import Interrupts
+from fedtl.plans import Protection
 from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
@@ -80,6 +81,7 @@ def asking_for_statistics(scenario: Scenario) -> Scenario:
         "backbone": scenario.backbone.model_dump(),
         "strategy": {"name": "fed3r", "keep_statistics": False},
         "evaluation": {"references": []},
+        "privacy": {"min_class_examples": scenario.privacy.min_class_examples},
         "engine": own.model_dump(),
     }
     return validate({"name": scenario.name, "seed": scenario.seed, **tables}, scenario.name, {})
@@ -88,14 +90,14 @@ def asking_for_statistics(scenario: Scenario) -> Scenario:
 def collect_statistics(
     engine: Engine,
     roster: Roster,
-    max_norm_ratio: float,
+    scenario: Scenario,
     check: Callable[[], None] = lambda: None,
 ) -> Collected:
     """Ask every client once, a few at a time, and believe what is well formed.
 
     Args:
         engine: with the clients behind it.
-        max_norm_ratio: as in ``[validation]``.
+        scenario: for how much an answer may differ, and which classes stay out of it.
         check: called before each wave; may raise to stop.
 
     Raises:
@@ -106,9 +108,13 @@ def collect_statistics(
         "weight": np.zeros((classes, roster.width), np.float32),
         "bias": np.zeros(classes, np.float32),
     }
-    everybody = np.arange(len(names))
+    everybody, least = np.arange(len(names)), scenario.privacy.min_class_examples
     question = replace(
-        Fed3R().question(), round=1, clients=everybody, batch_keys=everybody.astype(np.uint64)
+        Fed3R().question(),
+        round=1,
+        clients=everybody,
+        batch_keys=everybody.astype(np.uint64),
+        protection=Protection(least_per_class=least) if least > 1 else None,
     )
     each = question.up_bytes(head)
     at_a_time = max(1, getattr(engine, "held_bytes", 2**28) // each)
@@ -119,7 +125,9 @@ def collect_statistics(
         check()
         wave = question.part(everybody[first : first + at_a_time])
         replies = engine.run_clients(wave, head)
-        updates, _ = accept_updates(replies, wave, head, roster.train, max_norm_ratio)
+        updates, _ = accept_updates(
+            replies, wave, head, roster.train, scenario.validation.max_norm_ratio
+        )
         for i, client in enumerate(updates.clients.tolist()):
             clients.append(client)
             sums.append({name: tensor[i].copy() for name, tensor in updates.tensors.items()})
@@ -261,9 +269,8 @@ def _collect(
         for name, reason in gathered.left_out.items():
             terminal.noted(f"{name} is left out: {reason}")
         with closing(_engine(scenario, gathering, gathered)) as engine:
-            ratio = scenario.validation.max_norm_ratio
             return gathered.roster, collect_statistics(
-                engine, gathered.roster, ratio, lambda: check(opened)
+                engine, gathered.roster, scenario, lambda: check(opened)
             )
 
 

@@ -120,6 +120,7 @@ class Gathering:
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     _gathered: Gathered | None = None
+    _settled: Mapping[str, Any] | None = None
     _told: set[tuple[int, str, str]] = field(default_factory=set)
     _rest: dict[int, float] = field(default_factory=dict)
 
@@ -147,6 +148,21 @@ class Gathering:
                 del members[name]
         self._gathered = self._conclude(members, table.classes, left_out)
         return self._gathered
+
+    def settle(self, facts: Mapping[str, Any]) -> None:
+        """Tell everybody what is known of privacy now that all are here, and who comes back later.
+
+        Whoever does not agree says so, and will answer no round.
+        """
+        gathered, now = self._gathered, self.clock()
+        assert gathered is not None, "gather first"
+        self._settled = dict(facts)
+        names = gathered.roster.names
+        members = {
+            names[own[0]]: Member(names[own[0]], node, now) for node, own in gathered.seats.items()
+        }
+        for name, reason in self._settling(members, JOIN_SECONDS).join().items():
+            self._refuse(members[name].node, name, reason)
 
     def seat(self, nodes: Collection[int]) -> dict[int, Int64]:
         """Make clients ready that came back behind these nodes; who is, by node.
@@ -253,7 +269,7 @@ class Gathering:
     def _settling(self, members: Mapping[str, Member], seconds: float | None) -> Settling:
         return Settling(
             self.exchange,
-            make_terms(self.scenario, self.backbone),
+            make_terms(self.scenario, self.backbone, self._settled),
             self.backbone,
             members,
             self.join_seconds if seconds is None else seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fedtl.deployment.backbone_transfer import (
 )
 from fedtl.deployment.class_table import MAX_CLASSES
 from fedtl.deployment.keys import check_name
+from fedtl.deployment.pledge import Pledge, check_demands, read_pledge
 from fedtl.deployment.private_data import (
     Order,
     Ready,
@@ -73,6 +74,7 @@ class PrivateHost:
         device: "auto", "cpu" or "cuda".
         tell: takes lines for the client's own terminal; default the log.
         keeps: folder for what the client has of its own from round to round; None for nothing.
+        demands: without which it takes no part, see ``pledge.DEMANDS``.
     """
 
     def __init__(
@@ -84,8 +86,9 @@ class PrivateHost:
         device: str = "auto",
         tell: Callable[[str], None] | None = None,
         keeps: Path | None = None,
+        demands: Collection[str] = (),
     ) -> None:
-        self._keeps = keeps
+        self._keeps, self._demands = keeps, check_demands(demands)
         self.name, self._data = check_name(name), data
         self._tell = tell or logging.getLogger("fedtl").warning
         self._engine = schema.Engine.model_validate({"threads": threads, "device": device})
@@ -96,6 +99,8 @@ class PrivateHost:
         self._reception: Reception | None = None
         self._work: Work | None = None
         self._ready: Ready | None = None
+        self._pledge: Pledge | None = None
+        self._last_round = 0
 
     def join(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         """Who is here, or only that the data are still being read.
@@ -104,7 +109,8 @@ class PrivateHost:
 
         Raises:
             InputError: another version, another backbone, or data that cannot be used.
-            SecurityRefusal: the key was approved under another name.
+            SecurityRefusal: the key was approved under another name, or what is said of privacy is
+                less than this client demands, or than was said before.
         """
         if facts.get("key_name") != self.name:
             raise SecurityRefusal(
@@ -116,6 +122,7 @@ class PrivateHost:
         if session != self._session and not self._read(session):
             return {"name": self.name, "reading": True}
         assert self._examples is not None
+        self._settle(facts)
         return {
             "name": self.name,
             "classes": list(self._examples.classes),
@@ -197,6 +204,22 @@ class PrivateHost:
         if "start_gradient" in plan.reports and "gradient" not in told:
             raise SecurityRefusal("the server asks for a gradient, which it did not say before")
 
+    def protected(self, plan: RoundPlan) -> None:
+        """Refuse what protects less than was told, and a round's answer asked for once more."""
+        session = self._joined()
+        if _sends_back(plan):
+            return
+        pledge, private = self._pledge or session.pledge, session.pledge.asked.mechanism != "none"
+        if private and not pledge.settled:
+            raise NotPrepared("the server has not said yet what epsilon is")
+        pledge.hold(plan)
+        if private and plan.round <= self._last_round:
+            raise SecurityRefusal(
+                f"the server asks for round {plan.round} after round {self._last_round}: each "
+                "answer spends privacy, and once is what it said"
+            )
+        self._last_round = plan.round
+
     def store(self) -> PersonalStore | None:
         """A folder for each run, by what stays the same when it is resumed."""
         if self._keeps is None:
@@ -231,7 +254,23 @@ class PrivateHost:
         self._session = session
         for asked in session.tasks:
             self._tell(f"in a round, what leaves is {IN_WORDS[asked]}")
+        for line in session.pledge.words():
+            self._tell(line)
         return True
+
+    def _settle(self, facts: Mapping[str, Any]) -> None:
+        """Take in, and tell, what is known once everybody has gathered."""
+        settled = facts.get("settled")
+        if settled is None:
+            return
+        if not isinstance(settled, dict):
+            raise InputError("the server's terms of privacy are none that fedtl knows")
+        before = self._pledge or self._joined().pledge
+        pledge = before.settle(settled)
+        pledge.insist(self._demands)
+        if self._pledge is None and pledge.asked.mechanism != "none":
+            self._tell(pledge.numbers())
+        self._pledge = pledge
 
     def _read_terms(self, facts: Mapping[str, Any]) -> Session:
         announced = read_announcement(facts.get("backbone"))
@@ -258,7 +297,9 @@ class PrivateHost:
         tasks = facts.get("tasks")
         if not isinstance(tasks, list) or not all(task in IN_WORDS for task in tasks):
             raise InputError("the server does not say what it will ask for, or nothing fedtl knows")
-        return Session(str(facts.get("run", "")), scenario, announced, tuple(tasks))
+        pledge = read_pledge(facts)
+        pledge.insist(self._demands)
+        return Session(str(facts.get("run", "")), scenario, announced, tuple(tasks), pledge)
 
     def _look_for_backbone(self, session: Session) -> bool:
         """Whether the server's backbone can be opened here; refuses one that differs."""
@@ -278,7 +319,8 @@ class PrivateHost:
     def _forget(self) -> None:
         self._stop_work()
         self._stop_receiving()
-        self._session = self._reading = self._examples = self._weights = None
+        self._session = self._reading = self._examples = self._weights = self._pledge = None
+        self._last_round = 0
 
     def _stop_receiving(self) -> None:
         if self._reception is not None:
@@ -289,6 +331,14 @@ class PrivateHost:
         if self._work is not None:
             self._work.stop()
         self._work = self._ready = None
+
+
+def _sends_back(plan: RoundPlan) -> bool:
+    """Whether all that a plan asks for is the head that was sent, untouched."""
+    own = plan.training
+    idle = plan.task == "train" and own.epochs == 0 and own.prior_strength == 0
+    more = plan.reports or plan.corrections or plan.personal or plan.compression
+    return idle and not more
 
 
 def _read_classes(facts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from fedtl.data.examples import BadFiles, Examples
 from fedtl.data.folder import load_folder
 from fedtl.data.leakage import find_leaks
 from fedtl.deployment.backbone_transfer import IDENTITY, Announcement
+from fedtl.deployment.pledge import Pledge
 from fedtl.errors import InputError
 from fedtl.scenario import schema
 from fedtl.types import Int32, Population
@@ -39,12 +40,14 @@ class Session:
         scenario: the server's, with this client's data, backbone and machine in it.
         announced: the server's backbone.
         tasks: all that this client will ever do in a round of it.
+        pledge: what will be done to protect its answers.
     """
 
     run: str
     scenario: schema.Scenario
     announced: Announcement
     tasks: tuple[str, ...]
+    pledge: Pledge
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtl import machine
 from fedtl.conduct import Prepared, conduct
@@ -18,6 +19,7 @@ from fedtl.deployment.certificates import WARNING_DAYS
 from fedtl.deployment.federation import Federation
 from fedtl.deployment.gathering import Gathered, Gathering
 from fedtl.deployment.judging import judge_remotely
+from fedtl.deployment.promises import Sums, Tell, carried_sums, promise_to, settlement
 from fedtl.deployment.roll_call import RollCall
 from fedtl.deployment.server import OpenGrid, open_grid
 from fedtl.errors import EnvironmentFault, FedtlError, InputError, Interrupted, PolicyStop
@@ -29,10 +31,13 @@ from fedtl.scenario.adaptation_rules import check_real
 from fedtl.scenario.compatibility import check_cohort
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import make_strategy, notes_of
+from fedtl.strategies import make_strategy, notes_of, protected
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.heads import initial_head
+
+if TYPE_CHECKING:
+    from fedtl.engines.flower_engine import FlowerEngine
 
 DEADLINE_SECONDS = 600.0
 """Of a round, where the scenario sets none."""
@@ -159,7 +164,9 @@ def _carry_on(
         roll_call.close()
         party["clients"] = list(gathered.roster.names)
         _write_party(folder.path, party)
-        prepared = _prepare(scenario, backbone, gathering, gathered, terminal)
+        liar = _tell_liar(gathered.roster.names, folder, terminal)
+        sums = partial(carried_sums, scenario, gathered.roster, run=party["run"], tell=liar)
+        prepared = _prepare(scenario, backbone, gathering, gathered, terminal, sums)
         terminal.begin(scenario)
         return conduct(prepared, folder, terminal, interrupts, started, allow_changes)
 
@@ -170,6 +177,7 @@ def _prepare(
     gathering: Gathering,
     gathered: Gathered,
     terminal: Terminal,
+    sums: Callable[[FlowerEngine], Sums | None],
 ) -> Prepared:
     """The federation over the gathered clients, and what is written down about it."""
     from fedtl.engines.flower_engine import FlowerEngine
@@ -194,8 +202,21 @@ def _prepare(
     }
     check_cohort(scenario, roster.num_clients)
     head = initial_head(scenario.head, roster.width, len(roster.classes), scenario.seed)
-    strategy = make_strategy(scenario, roster.names)
-    federation = Rounds(scenario, roster, head, strategy, engine, identity)
+    strategy, promise = make_strategy(scenario, roster.names), promise_to(scenario, roster)
+    strategy = protected(strategy, scenario, promise, roster.train)
+    if promise is not None:
+        gathering.settle(settlement(promise, strategy))
+    federation = Rounds(
+        scenario,
+        roster,
+        head,
+        strategy,
+        engine,
+        identity,
+        promise,
+        sums(engine),
+        "system",
+    )
     seconds = max(float(facts[name].get("seconds", 0.0)) for name in roster.names)
     return Prepared(
         federation=federation,
@@ -260,6 +281,16 @@ def _check(opened: OpenGrid, interrupts: Interrupts) -> None:
     interrupts.check("interrupted while clients gathered")
     if trouble := opened.trouble():
         raise EnvironmentFault(trouble, where=opened.federation.path("superlink.log"))
+
+
+def _tell_liar(names: Sequence[str], folder: RunFolder, terminal: Terminal) -> Tell:
+    """Writes down and shows who broke the rules of a secure sum."""
+
+    def liar(round: int, client: int, what: str) -> None:
+        folder.event("secure_sum", client=names[client], round=round, what=what)
+        terminal.noted(f"{names[client]} {what} in round {round}")
+
+    return liar
 
 
 def _tell_late(

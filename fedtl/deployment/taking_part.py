@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from fedtl.deployment.client import Client, serve_node
 from fedtl.deployment.host import PrivateHost
 from fedtl.deployment.join import JoinFile, read_join
 from fedtl.deployment.keys import PRIVATE, check_name, public_of, read_private
+from fedtl.deployment.pledge import check_demands
 from fedtl.deployment.private_data import load_private
-from fedtl.engines.node import Node, Sent
+from fedtl.engines.node import MASKED, Node, Sent
 from fedtl.errors import InputError
 from fedtl.interrupts import Interrupts
 from fedtl.scenario import schema
@@ -31,9 +33,10 @@ What leaves this machine, to {address} only:
     are there twice, and a keyed fingerprint of them
   - this machine's processor, free disk space and versions, and how long the features took
   - in each round what is told when this client joins, as a rule the update of the head that was
-    trained here: averages over your examples, which can still tell something about them; no
-    differential privacy is applied
-  - how often the head is right on your own test examples, class by class, and its loss
+    trained here: averages over your examples, which can still tell something about them; what
+    is done against that (noise, masks, or nothing) is told then, too, and less is refused
+  - how often the head is right on your own test examples, class by class, and its loss; no noise
+    is added to that
   - what went wrong, where something did, without names or values
 No image, feature, label, file name or path leaves. Every answer is written to
 {audit} before it goes; 'fedtl client audit' sums it up.
@@ -52,16 +55,19 @@ def take_part(
     interrupts: Interrupts,
     *,
     insecure_permissions: bool = False,
+    demands: Sequence[str] = (),
 ) -> None:
     """Answer the server's requests with the data at ``data`` until interrupted.
 
     Args:
+        demands: without which this client takes no part, see ``pledge.DEMANDS``.
         folder: holds ``<name>.key``; gets the audit log and the SuperNode's log.
         console: prints for the user.
 
     Raises:
         FedtlError: as reading the join file, the key and the data does, and ``serve_node``.
     """
+    demands = check_demands(demands)
     join = read_join(join_path)
     key_path = folder / (check_name(name) + PRIVATE)
     key = read_private(key_path, insecure_permissions=insecure_permissions)
@@ -88,10 +94,12 @@ def take_part(
                 return
             shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in sent.shapes.items())
             where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
+            where += ", under masks" if sent.facts.get(MASKED) else ""
             tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")
 
+        own = folder / (name + OWN)
         with closing(
-            PrivateHost(name, data, device=device, tell=tell, keeps=folder / (name + OWN))
+            PrivateHost(name, data, device=device, tell=tell, keeps=own, demands=demands)
         ) as host:
             node = Node(
                 host,

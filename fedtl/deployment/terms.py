@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedtl import machine
 from fedtl.deployment.backbone_transfer import announce
+from fedtl.deployment.pledge import pledge_facts
 from fedtl.errors import EnvironmentFault
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import tasks_of
 from fedtl.transfer.backbones import Backbone
 
 
-def make_terms(scenario: Scenario, backbone: Backbone) -> dict[str, Any]:
+def make_terms(
+    scenario: Scenario, backbone: Backbone, settled: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The facts of a request to join, but for the client's own name.
 
     Args:
         scenario: the server's; no path of it is told.
         backbone: the scenario's, opened.
+        settled: of privacy, what is known once everybody has gathered, see ``pledge``.
     """
     return {
         "scenario": scenario.name,
@@ -32,6 +37,7 @@ def make_terms(scenario: Scenario, backbone: Backbone) -> dict[str, Any]:
         "adaptation": {name: getattr(scenario.adaptation, name) for name in ("input", "features")},
         "backbone": announce(backbone, scenario.backbone),
         "versions": machine.versions(),
+        **pledge_facts(scenario, settled),
     }
 
 

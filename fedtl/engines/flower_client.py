@@ -83,6 +83,9 @@ class SimulatedHost:
     def consent(self, plan: RoundPlan) -> None:
         """Simulated clients do whatever there is."""
 
+    def protected(self, plan: RoundPlan) -> None:
+        """Simulated clients were promised nothing."""
+
     def store(self) -> PersonalStore | None:
         """The run's."""
         return self._store
@@ -116,7 +119,7 @@ def simulated_node(message: Message, context: Context) -> Node:
     kept = str(setting["store"])
     store = PersonalStore(Path(kept)) if kept else None
     host = SimulatedHost(Path(str(setting["folder"])), partition, num_nodes, store)
-    return Node(host, 1, str(setting["device"]), block_size, discreet=False)
+    return Node(host, 1, str(setting["device"]), block_size, discreet=False, simulated=True)
 
 
 def answer_simulated(message: Message, context: Context) -> Message:

@@ -14,7 +14,9 @@ import numpy as np
 
 from fedtl.engines.alone import AloneMetrics, alone_request, read_alone_reply
 from fedtl.engines.exchange import Answer, Exchange, Request
+from fedtl.engines.masking import phase_request, read_phase
 from fedtl.engines.wire import (
+    SECURE_PHASES,
     evaluate_request,
     read_metrics,
     read_updates,
@@ -39,6 +41,9 @@ T = TypeVar("T")
 
 STEP_SECONDS = 0.2
 """Between two looks whether clients are back."""
+
+SHARE_BYTES = 2**12
+"""More than a client says of any one other in a phase of a secure sum."""
 
 SILENCE = "no answer"
 
@@ -105,7 +110,7 @@ class FlowerEngine:
     opening: Callable[[], None] = lambda: None
     letting_go: Callable[[], None] = lambda: None
     held_bytes: int = 2**28
-    _silent: tuple[int, ...] = ()  # clients that let the round's training pass without a word
+    _missed: tuple[int, dict[int, str]] = (0, {})  # the round, who missed a part of it, and why
 
     def start(self, head: Head) -> None:
         """Seat all clients and let every node load what it needs, with its smallest client."""
@@ -127,16 +132,44 @@ class FlowerEngine:
             return train_request(plan.part(np.searchsorted(plan.clients, clients)), head)
 
         def read(clients: Int64, answer: Answer) -> ClientUpdates:
-            return read_updates(plan.round, clients, answer.tensors)
+            return read_updates(plan.round, clients, answer.tensors, answer.facts)
 
         limit = reply_bytes(len(plan.clients), plan.up_bytes(head))
         needed = plan.needed if self.real else None
         question = Question("train", plan.round, request, read, limit, needed)
         self._wait_for(min(self.quorum, len(plan.clients)), plan.clients)
         replies, missing = self._collect(question, plan.clients)
-        self._silent = tuple(c for c, why in missing.items() if why.startswith(SILENCE))
-        failures = tuple(ClientFailure(client, why) for client, why in sorted(missing.items()))
+        all_missing = self._note_missing(plan.round, missing)
+        failures = tuple(ClientFailure(client, why) for client, why in sorted(all_missing.items()))
         return [*replies, no_updates(plan, head, failures)]
+
+    def carry(self, round: int, phase: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
+        """One phase of a secure sum: a message to each client, and the answers of those that gave
+        one; the others are missing from the round."""
+        clients = np.array(sorted(messages), np.int64)
+
+        def request(own: Int64) -> Request:
+            return phase_request(round, own, messages)
+
+        def read(own: Int64, answer: Answer) -> tuple[int, bytes]:
+            return int(own[0]), read_phase(own, answer.tensors)
+
+        limit = reply_bytes(len(clients), SHARE_BYTES)
+        question = Question(phase, round, request, read, limit)
+        if phase == SECURE_PHASES[0]:
+            self._wait_for(min(self.quorum, len(clients)), clients)
+        answers, missing = self._collect(question, clients)
+        self._note_missing(round, missing)
+        return dict(answers)
+
+    def missed(self, round: int) -> dict[int, str]:
+        """Who missed a part of the round so far, and why."""
+        return self._missed[1] if self._missed[0] == round else {}
+
+    def _note_missing(self, round: int, missing: Mapping[int, str]) -> dict[int, str]:
+        """Everybody who missed a part of this round so far, with the first reason."""
+        self._missed = round, {**missing, **self.missed(round)}
+        return self._missed[1]
 
     def evaluate(self, head: Head, clients: Int64) -> ClientMetrics:
         """The clients that could be judged, sorted by id.
@@ -144,7 +177,8 @@ class FlowerEngine:
         Right after a round's training those are not asked that were silent in it: each would cost
         the round a second deadline.
         """
-        asked, self._silent = np.setdiff1d(clients, self._silent), ()
+        silent = [c for c, why in self._missed[1].items() if why.startswith(SILENCE)]
+        asked, self._missed = np.setdiff1d(clients, np.array(silent, np.int64)), (0, {})
 
         def request(some: Int64) -> Request:
             return evaluate_request(head, some)

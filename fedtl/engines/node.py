@@ -21,8 +21,10 @@ from fedtl.clients.tasks import do_task
 from fedtl.clients.training import train_clients
 from fedtl.engines.alone import AloneMetrics, alone_reply, read_alone
 from fedtl.engines.exchange import ECHOED
+from fedtl.engines.masking import Masking, new_side, phase_reply, read_phase
 from fedtl.engines.wire import (
     PROTOCOL,
+    SECURE_PHASES,
     Tensors,
     metrics_reply,
     pack,
@@ -35,10 +37,13 @@ from fedtl.engines.wire import (
 from fedtl.errors import EXIT_BUG, FedtlError, InputError, SecurityRefusal, printable
 from fedtl.failpoints import failpoint
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientMetrics, Head, Int64, Population
+from fedtl.types import ClientMetrics, ClientUpdates, Head, Int64, Population
 
 LARGEST_REQUEST = 2**30
 """Bytes: a head of a hundred million weights and more."""
+
+MASKED = "masked"
+"""Fact of an answer of which the server can learn the sum with others' alone."""
 
 Reply = tuple[dict[str, Any], Tensors]
 
@@ -68,6 +73,10 @@ class Host(Protocol):
 
     def consent(self, plan: RoundPlan) -> None:
         """Raises SecurityRefusal for a task that the clients here did not agree to."""
+        ...
+
+    def protected(self, plan: RoundPlan) -> None:
+        """Raises SecurityRefusal for an answer that would leave with less protection than told."""
         ...
 
     def store(self) -> PersonalStore | None:
@@ -116,6 +125,8 @@ class Node:
         name: this node's own; a request to another name is refused. "" takes any.
         audit: told of every answer before it leaves; an answer it cannot record does not leave.
         discreet: errors are told without the place they happened at, which may be private.
+        simulated: the clients are of this program, and their noise is that of the seeded stream.
+            Otherwise it is the operating system's, and nobody can take it away again.
     """
 
     host: Host
@@ -126,6 +137,8 @@ class Node:
     name: str = ""
     audit: Audit = lambda sent: None
     discreet: bool = True
+    simulated: bool = False
+    _masking: Masking = field(default_factory=lambda: Masking(new_side))
     _nonces: set[str] = field(default_factory=set)
 
     def answer(self, kind: str, content: bytes, signature: bytes = b"") -> bytes:
@@ -200,6 +213,8 @@ class Node:
             return dict(self.host.prepare(facts)), {}
         if kind == "train":
             return self._train(facts, tensors)
+        if kind in SECURE_PHASES:
+            return self._phase(kind, facts, tensors)
         if kind == "evaluate":
             return self._evaluate(tensors)
         if kind == "alone":
@@ -211,7 +226,12 @@ class Node:
     def _train(self, facts: dict[str, Any], tensors: Tensors) -> Reply:
         """Local training of some of the clients here."""
         plan, head = read_plan(facts, tensors)
+        run, asked = facts.get("run"), plan.protection
+        masked = asked is not None and asked.masked and not self.simulated  # those are their loop's
         self.host.consent(plan)
+        self.host.protected(plan)
+        if masked:
+            self._masking.check(run, plan.round, plan.clients)
         population = self.host.population()
         here = replace(plan, clients=self.host.ids(plan.clients))
         failpoint("client_before_train", plan.round)
@@ -223,9 +243,23 @@ class Node:
             device=self.device,
             block_size=self.block_size,
             store=self.host.store(),
+            secure=not self.simulated,
         )
+        updates = _renamed(updates, here.clients, plan.clients)
+        if masked and len(updates.clients):
+            updates = self._masking.mask(run, updates)
         failpoint("client_after_train", plan.round)
-        return updates_reply(replace(updates, clients=plan.clients))
+        said, out = updates_reply(updates)
+        return ({**said, MASKED: True} if masked else said), out
+
+    def _phase(self, kind: str, facts: dict[str, Any], tensors: Tensors) -> Reply:
+        """A client's part in a secure sum."""
+        clients = read_clients(tensors)
+        self.host.ids(clients)
+        self.host.population()  # who has nothing to train on takes no part
+        failpoint(f"client_before_{kind}", int(facts["round"]))
+        message = self._masking.answer(kind, facts, clients, read_phase(clients, tensors))
+        return phase_reply(int(facts["round"]), clients, message)
 
     def _evaluate(self, tensors: Tensors) -> Reply:
         """The head on the clients' own test examples."""
@@ -303,6 +337,14 @@ class Node:
         """What the clients make of the last head for themselves stays, its metrics leave."""
         plan, head = read_plan(facts, tensors)
         return metrics_reply(self._judged(head, plan))
+
+
+def _renamed(updates: ClientUpdates, here: Int64, there: Int64) -> ClientUpdates:
+    """Updates by the federation's ids, int64 [k], instead of ours."""
+    name = dict(zip(here.tolist(), there.tolist(), strict=True))
+    clients = np.array([name[client] for client in updates.clients.tolist()], np.int64)
+    failures = tuple(replace(one, client=name[one.client]) for one in updates.failures)
+    return replace(updates, clients=clients, failures=failures)
 
 
 def _echo(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, get_args
 import numpy as np
 import numpy.typing as npt
 
+from fedtl.engines.protected import flaw_of
 from fedtl.errors import InputError
 from fedtl.plans import (
     Compression,
@@ -29,6 +30,7 @@ from fedtl.plans import (
 )
 from fedtl.scenario.strategies import MOST_RANDOM_FEATURES
 from fedtl.types import (
+    ClientFailure,
     ClientMetrics,
     ClientUpdates,
     Float32,
@@ -38,8 +40,11 @@ from fedtl.types import (
     LocalTraining,
 )
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever an older server or client could misread what is sent."""
+
+SECURE_PHASES = ("secagg_keys", "secagg_shares", "secagg_reveal")
+"""Of a secure sum: before the training, but for the last."""
 
 MESSAGE_TYPES: Mapping[str, str] = {
     "join": "query.join",
@@ -49,6 +54,7 @@ MESSAGE_TYPES: Mapping[str, str] = {
     "evaluate": "evaluate",
     "alone": "train.alone",
     "personal": "evaluate.personal",
+    **{phase: f"query.{phase}" for phase in SECURE_PHASES},
 }
 """What a node can be asked, and Flower's message type for it."""
 
@@ -56,7 +62,8 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 FACTS = "fedtl"
 DTYPES: Mapping[str, str] = {
-    "F32": "<f4", "F64": "<f8", "I8": "|i1", "I32": "<i4", "I64": "<i8", "U64": "<u8", "U8": "|u1"
+    "F32": "<f4", "F64": "<f8", "I8": "|i1", "I32": "<i4", "I64": "<i8", "U32": "<u4", "U64": "<u8",
+    "U8": "|u1",
 }  # fmt: skip
 HEAD = "head."
 """Before the names of a head's tensors."""
@@ -249,6 +256,10 @@ def _bounded(plan: RoundPlan, head: Head) -> None:
         refuse("it asks for too many random features", asked.random_features)
     if plan.personal is not None and not 0 <= plan.personal.neighbours < 2**31:
         refuse("it asks for an impossible number of neighbours", plan.personal.neighbours)
+    if plan.weights is not None and not ((plan.weights > 0) & (plan.weights <= 1)).all():
+        refuse("its weights in the sum are not above 0 and at most 1")
+    if plan.protection is not None and (flaw := flaw_of(plan.protection)):
+        refuse(flaw, plan.protection)
     if "weight" not in head or head["weight"].ndim != 2:
         refuse("it has no head")
     if plan.up_bytes(head) * len(plan.clients) > LARGEST_ANSWER:
@@ -268,24 +279,39 @@ def _corrections(tensors: Tensors, head: Head, num_clients: int) -> dict[str, Fl
 def updates_reply(updates: ClientUpdates) -> tuple[dict[str, Any], Tensors]:
     """Facts and tensors of trained clients; read by ``read_updates``."""
     columns = {"clients": updates.clients, "examples": updates.num_examples, "loss": updates.loss}
-    return {"round": updates.round}, {**columns, **_sent(updates.tensors)}
+    failed = [[failure.client, failure.reason] for failure in updates.failures]
+    facts = {"round": updates.round} | ({"failed": failed} if failed else {})
+    return facts, {**columns, **_sent(updates.tensors)}
 
 
-def read_updates(round: int, clients: Int64, tensors: Tensors) -> ClientUpdates:
-    """A node's updates, of exactly the clients it was asked for.
+def read_updates(
+    round: int, clients: Int64, tensors: Tensors, facts: Mapping[str, Any] | None = None
+) -> ClientUpdates:
+    """A node's updates, of exactly the clients it was asked for, but those that failed.
 
     Whether names, shapes and values fit the head is for ``strategies.validation``, which looks at
     every engine's updates alike.
     """
     answered = _vector(tensors, "clients", np.int64)
-    if not np.array_equal(answered, clients):
+    failures = _failures((facts or {}).get("failed", []))
+    failed = [failure.client for failure in failures]
+    left = clients[~np.isin(clients, failed)]
+    if len(left) + len(failed) != len(clients) or not np.array_equal(answered, left):
         refuse("it answers for other clients than it was asked for")
-    examples = _vector(tensors, "examples", np.int64, len(clients))
-    loss = _vector(tensors, "loss", np.float64, len(clients))
+    examples = _vector(tensors, "examples", np.int64, len(left))
+    loss = _vector(tensors, "loss", np.float64, len(left))
     extra = set(tensors) - {"clients", "examples", "loss"}
     if strange := sorted(name for name in extra if not name.startswith(HEAD)):
         refuse(f"it has a tensor {strange[0]!r} that nobody asked for")
-    return ClientUpdates(round, answered, read_head(tensors), examples, loss)
+    return ClientUpdates(round, answered, read_head(tensors), examples, loss, failures)
+
+
+def _failures(listed: Any) -> tuple[ClientFailure, ...]:
+    """Clients of a node that have no update, and why."""
+    pairs = isinstance(listed, list) and all(isinstance(entry, list) for entry in listed)
+    if not pairs or any([type(value) for value in entry] != [int, str] for entry in listed):
+        refuse("it has no proper list of failures")
+    return tuple(ClientFailure(client, reason[:500]) for client, reason in listed)
 
 
 def evaluate_request(head: Head, clients: Int64) -> tuple[dict[str, Any], Tensors]:

@@ -35,9 +35,11 @@ ROUNDS = pa.schema(
         ("bytes_up", pa.int64()),
         ("bytes_down", pa.int64()),
         ("seconds", pa.float64()),
+        ("epsilon", pa.float64()),
     ]
 )
-"""One row a round; metrics of the federated head on all judged clients' test examples."""
+"""One row a round; metrics of the federated head on all judged clients' test examples. ``epsilon``
+is what all rounds so far have spent; in long runs it is known for some rounds only."""
 
 BESIDE = (
     "local_only",

@@ -176,3 +176,17 @@ def real_problems(scenario: Scenario) -> Iterator[Problem]:
             '"bbse"',
             '"none", "balanced_softmax", "logit_adjustment"',
         )
+    if scenario.privacy.secure_aggregation == "arithmetic":
+        yield Problem(
+            "privacy.secure_aggregation",
+            "its arithmetic alone hides nothing from the server",
+            '"arithmetic"',
+            '"secagg", "secagg_plus"',
+        )
+    if scenario.privacy.canaries:
+        yield Problem(
+            "privacy.canaries",
+            "nobody's real examples are left out, or mislabelled, for an audit",
+            str(scenario.privacy.canaries),
+            "0",
+        )

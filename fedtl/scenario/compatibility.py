@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from fedtl.errors import InputError, Problem
 from fedtl.scenario.adaptation_rules import ADAPTATION_RULES
 from fedtl.scenario.data_rules import DATA_RULES
+from fedtl.scenario.privacy_rules import PRIVACY_RULES
 from fedtl.scenario.schema import Scenario
+from fedtl.scenario.secure_rules import secure_cohort
 from fedtl.scenario.strategies import CLOSED_FORMS as CLOSED_FORMS
 from fedtl.scenario.strategies import Bulyan, FLTrust, Krum, MultiKrum, TrimmedMean
 
@@ -73,7 +75,7 @@ def check_cohort(scenario: Scenario, num_clients: int) -> None:
     Raises:
         InputError: in the words in which the scenario is refused where it says the number itself.
     """
-    for problem in _cohort(scenario, num_clients):
+    for problem in (*_cohort(scenario, num_clients), *secure_cohort(scenario, num_clients)):
         raise InputError(
             problem.what,
             where=problem.where,
@@ -279,5 +281,5 @@ def _everybody(scenario: Scenario) -> Iterator[Problem]:
 RULES = (
     *DATA_RULES, *ADAPTATION_RULES, _backbone, _references, _participation,
     _known_cohort, _trusted, _attack, _closed_form, _compression, _local_steps, _every_answer,
-    _everybody,
+    _everybody, *PRIVACY_RULES,
 )  # fmt: skip

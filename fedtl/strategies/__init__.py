@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from fedtl.errors import PolicyStop, client_of
+from fedtl.plans import Protection
+from fedtl.privacy.promise import Promise
 from fedtl.results.statistics import KEPT_BYTES
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
@@ -28,6 +32,7 @@ from fedtl.strategies.personal import (
     PFedMe,
     degenerate,
 )
+from fedtl.strategies.private import AtClients, Central, Private, SecureRing
 from fedtl.strategies.robust import (
     Bulyan,
     FLTrust,
@@ -39,7 +44,7 @@ from fedtl.strategies.robust import (
     TrimmedMean,
 )
 from fedtl.strategies.warm_start import WarmStart
-from fedtl.types import Head, Roster
+from fedtl.types import Head, Int64, Roster
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": FedAvg,
@@ -89,6 +94,8 @@ __all__ = [
     "last_notes",
     "make_strategy",
     "notes_of",
+    "protected",
+    "secure_ring",
     "tasks_of",
 ]
 
@@ -107,7 +114,8 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
             "after it"
         )
     strategy = make_strategy(scenario, roster.names)
-    if not isinstance(strategy, OneShot) or not getattr(strategy, "keep_statistics", False):
+    kept = scenario.privacy.mechanism != "release" and getattr(strategy, "keep_statistics", False)
+    if not isinstance(strategy, OneShot) or not kept:
         return notes
     size = strategy.question().up_bytes(head) * roster.num_clients
     if size > KEPT_BYTES:
@@ -213,3 +221,60 @@ def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:
         given["seed"] = scenario.seed
     strategy = build(**given)
     return WarmStart(Fed3R(), strategy) if scenario.head.initial == "fed3r" else strategy
+
+
+def protected(
+    strategy: Strategy, scenario: Scenario, promise: Promise | None, examples: Int64
+) -> Strategy:
+    """The strategy under what the scenario promises; itself where that is nothing.
+
+    Args:
+        promise: ``make_promise``'s.
+        examples: that each client trains on, int64 [K]: its weight in a secure sum.
+    """
+    ring = secure_ring(scenario, examples)
+    if promise is None:
+        return strategy if ring is None else Private(strategy, ring=ring)
+    noise = promise.noise_multiplier * promise.clip
+    if promise.mechanism == "release":
+        from fedtl.strategies.private_release import PrivateRelease
+
+        assert isinstance(strategy, OneShot)
+        unit = scenario.privacy.unit or "example"
+        strategy = PrivateRelease(strategy, unit, promise.clip, promise.noise_multiplier, ring)
+        return strategy if ring is None else Private(strategy, ring=ring)
+    if promise.mechanism != "central":
+        asked = Protection(clip=promise.clip, noise=noise)
+        if promise.mechanism == "example":
+            asked = Protection(example_clip=promise.clip, example_noise=noise)
+        strategy = AtClients(strategy, asked)
+        return strategy if ring is None else Private(strategy, ring=ring)
+    central = Central(
+        promise.clip,
+        promise.noise_multiplier,
+        promise.denominator,
+        scenario.privacy.adaptive_clip,
+        scenario.privacy.clip_quantile,
+        scenario.privacy.clip_rate,
+        tuple(promise.coefficients.tolist()),
+        promise.sensitivity,
+    )
+    return Private(strategy, central, ring)
+
+
+def secure_ring(scenario: Scenario, examples: Int64) -> SecureRing | None:
+    """The fixed point of the scenario's secure sums; None where there are none.
+
+    Args:
+        examples: that each client trains on, int64 [K].
+    """
+    section = scenario.privacy
+    if section.secure_aggregation == "none":
+        return None
+    weights = None
+    by_examples = getattr(scenario.strategy, "weighting", "uniform") == "examples"
+    if by_examples and section.mechanism != "central":
+        # a weight above 0 for whoever has no rows, too: its update is 0
+        weights = np.maximum(examples, 1e-9) / max(1, int(examples.max(initial=0)))
+    masked = section.secure_aggregation != "arithmetic"
+    return SecureRing(section.value_range, section.threshold, masked, weights)

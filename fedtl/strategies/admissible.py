@@ -5,6 +5,10 @@ matrix of (z, y), hence positive semidefinite; with a bias the last row of A is 
 sums and the bias entry of a class sum its count; sum of |z|^2 is at most n R^2. What is refused is
 what breaks one of these: scaled, invented or swapped statistics. Flipped labels give admissible
 statistics and pass.
+
+Rows that were shortened (``Protection.row_clip``) have a length of at most 1 and a bias entry of at
+most ``BIAS``, each its own. Classes that are kept back are missing from the counts. Of statistics
+with noise, or in a ring, nothing can be said.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from scipy.linalg import blas, lapack
 
 from fedtl.clients.blocks import one_blas_thread
 from fedtl.clients.statistics import unpack_symmetric
-from fedtl.plans import Statistics
+from fedtl.plans import Protection, Statistics
+from fedtl.privacy.statistics import BIAS
 from fedtl.types import Float64
 
 ROUNDING = 1e-9
@@ -26,7 +31,10 @@ ROUNDING = 1e-9
 
 
 def inadmissible(
-    sums: Mapping[str, npt.NDArray[Any]], asked: Statistics, num_examples: int
+    sums: Mapping[str, npt.NDArray[Any]],
+    asked: Statistics,
+    num_examples: int,
+    safe: Protection | None = None,
 ) -> str | None:
     """Why one client's statistics cannot be sums over its rows, or None.
 
@@ -34,15 +42,25 @@ def inadmissible(
         sums: one client's finite tensors, as ``RoundPlan.reply`` names them.
         asked: what it was asked to sum.
         num_examples: rows it says it has.
+        safe: what it was to do to them before; nothing to the sums themselves.
     """
     counts, by_class = sums["counts"], sums["sums"]
+    safe = safe or Protection()
+    shortened = safe.row_clip > 0
     if (counts < 0).any():
         return "a class count is negative"
-    if int(counts.sum()) != num_examples:
+    if ((counts > 0) & (counts < safe.least_per_class)).any():
+        return f"a class has fewer than {safe.least_per_class} examples"
+    gated = safe.least_per_class > 1 and int(counts.sum()) <= num_examples
+    if int(counts.sum()) != num_examples and not gated:
         return f"its class counts add up to {int(counts.sum())}, not {num_examples}"
     if by_class[counts == 0].any():
         return "a class without examples has a sum"
-    if asked.bias and not _near(by_class[:, -1], counts):
+    if asked.bias and shortened:
+        most = (1 + ROUNDING) * BIAS * counts
+        if (by_class[:, -1] < 0).any() or (by_class[:, -1] > most).any():
+            return "the bias entries of its class sums are not of so many rows"
+    elif asked.bias and not _near(by_class[:, -1], counts):
         return "the bias entries of its class sums are not the class counts"
     grams = [("its Gram matrix", sums["gram"], slice(None))] if asked.gram else []
     if asked.class_grams:
@@ -54,9 +72,11 @@ def inadmissible(
         ]
     # A random feature is at most sqrt(2/R) in size; of a trunk's features no bound is known.
     bound = 2.0 + asked.bias if asked.random_features else np.inf
+    bound = 1.0 if shortened else bound
+    biased = asked.bias and not shortened
     with one_blas_thread():
         for name, packed, classes in grams:
-            reason = _no_gram(packed, by_class[classes], counts[classes], asked.bias, bound)
+            reason = _no_gram(packed, by_class[classes], counts[classes], biased, bound)
             if reason is not None:
                 return f"{name} {reason}"
     return None

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.plans import RoundPlan, Shapes, misfit
+from fedtl.plans import Protection, RoundPlan, Shapes, misfit
 from fedtl.strategies.admissible import inadmissible
 from fedtl.types import ClientFailure, ClientUpdates, Float64, Head, Int64
 
@@ -114,7 +114,12 @@ def _judge(
     declared: Int64,
     max_norm_ratio: float,
 ) -> tuple[npt.NDArray[np.bool_], Float64, dict[int, str]]:
-    """Which clients' values may be added (bool [k]), all norms, and the refusals."""
+    """Which clients' values may be added (bool [k]), all norms, and the refusals.
+
+    In a ring a single answer says nothing.
+    """
+    if plan.protection is not None and plan.protection.ring_bits:
+        return _declared(updates, declared)
     squares, rest, culprit = _squares(updates, plan, head)
     lossy = plan.task == "gradient" or "start_loss" in plan.reports  # the loss is part of the step
     if lossy:
@@ -142,10 +147,7 @@ def _judge(
                 else f"{culprit[i]} has a value that is not finite"
             )
         elif not right[i]:
-            refused[client] = (
-                f"says it trained on {int(updates.num_examples[i])} examples, "
-                f"declared {int(declared[client])}"
-            )
+            refused[client] = _miscounted(int(updates.num_examples[i]), int(declared[client]))
         else:
             what = max(ratios, key=lambda name: ratios[name][i])
             refused[client] = (
@@ -153,13 +155,30 @@ def _judge(
                 f"allowed {max_norm_ratio:g}"
             )
     keep = finite & right & bounded
-    if plan.statistics is not None and plan.task == "statistics":
+    safe = plan.protection or Protection()
+    if plan.statistics is not None and plan.task == "statistics" and not safe.noise:
         for i in np.flatnonzero(keep).tolist():
             own = {name: tensor[i] for name, tensor in updates.tensors.items()}
-            reason = inadmissible(own, plan.statistics, int(updates.num_examples[i]))
+            reason = inadmissible(own, plan.statistics, int(updates.num_examples[i]), safe)
             if reason is not None:
                 keep[i], refused[int(updates.clients[i])] = False, f"statistics: {reason}"
     return keep, norms, refused
+
+
+def _declared(
+    updates: ClientUpdates, declared: Int64
+) -> tuple[npt.NDArray[np.bool_], Float64, dict[int, str]]:
+    """Who says as many examples as it declared; the same three as ``_judge``."""
+    right = updates.num_examples == declared[updates.clients]
+    wrong = zip(
+        updates.clients[~right].tolist(), updates.num_examples[~right].tolist(), strict=True
+    )
+    refused = {client: _miscounted(examples, int(declared[client])) for client, examples in wrong}
+    return right, np.full(len(right), np.nan), refused
+
+
+def _miscounted(examples: int, declared: int) -> str:
+    return f"says it trained on {examples} examples, declared {declared}"
 
 
 def _to_median(values: Float64, counted: npt.NDArray[np.bool_]) -> Float64:

@@ -19,9 +19,9 @@ FLOORS = (
     {"transfer"},
     {"clients", "privacy"},
     {"strategies", "engines", "evaluation"},
-    {"planning", "rounds", "checkpoints"},
+    {"planning", "rounds", "round_training", "secure_rounds", "spending", "checkpoints"},
     {"build"},
-    {"conduct", "judging", "unprotected"},
+    {"conduct", "judging", "unprotected", "privacy_card"},
     {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
     {
         "check",

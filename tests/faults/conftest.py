@@ -141,13 +141,15 @@ class Site:
     cable: Cable
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, name: str | None = None, **env: str) -> None:
+    def start(self, name: str | None = None, *more: str, program: str = "", **env: str) -> None:
+        """``fedtl client start`` with more arguments; another program may stand in for fedtl's."""
         assert self.process is None or self.process.poll() is not None
         name = name or self.name
-        arguments = ("--join", "join.toml", "--name", name, "--data", "data.npz")
+        arguments = ("--join", "join.toml", "--name", name, "--data", "data.npz", *more)
+        begin = ("-c", program) if program else ("-m", "fedtl.cli")
         with open(self.place / "out", "ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "fedtl.cli", "client", "start", *arguments],
+                [sys.executable, *begin, "client", "start", *arguments],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=self.place,
                 env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **env},
             )  # fmt: skip
@@ -330,12 +332,13 @@ class Fleet:
         assert "Traceback" not in said
         return said
 
-    def server(self, *arguments: str, run: str, **env: str) -> Server:
-        """``fedtl server ...`` in the background."""
+    def server(self, *arguments: str, run: str, program: str = "", **env: str) -> Server:
+        """``fedtl server ...`` in the background; another program may stand in for fedtl's."""
         log = self.place / f"{run}-{len(self.servers)}.log"
+        begin = ("-c", program) if program else ("-m", "fedtl.cli")
         with open(log, "wb") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fedtl.cli", "server", *arguments],
+                [sys.executable, *begin, "server", *arguments],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=self.place,
                 env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200", **env},
             )  # fmt: skip

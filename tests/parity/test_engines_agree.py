@@ -103,6 +103,27 @@ TRAVELLING: dict[str, dict[str, Any]] = {
             "name": "flower", "class": "FedAdam", "parameters": {"fraction_train": 0.5},
         },
     },
+    "noise at the clients, then packed": {
+        "privacy": {"mechanism": "local", "noise_multiplier": 0.5, "delta": 1e-2},
+        "strategy": {"name": "fedavg", "weighting": "uniform"}, "clients": HALF,
+        "compression": {"kind": "top_k", "fraction": 0.3}, "rounds": 2,
+    },
+    "noise in a secure sum, by coins": {
+        "privacy": {
+            "mechanism": "central", "noise_multiplier": 0.5, "delta": 1e-2,
+            "secure_aggregation": "arithmetic",
+        },
+        "strategy": {"name": "fedavg", "weighting": "uniform"},
+        "clients": {"partition": "natural", "fraction": 0.2}, "rounds": 4,
+    },
+    "some too large for the ring": {
+        "privacy": {"secure_aggregation": "arithmetic", "value_range": 0.3, "threshold": 0.2},
+        "rounds": 2,
+    },
+    "statistics in a secure sum": {
+        "privacy": {"secure_aggregation": "arithmetic"},
+        "strategy": {"name": "fed3r", "keep_statistics": False}, "clients": HALF, "rounds": 2,
+    },
 }  # fmt: skip
 """Every kind of thing that is sent or kept besides heads."""
 
@@ -242,7 +263,9 @@ def test_all_engines_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, store = engine
-    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 2**13)  # four clients with 16 random features
+    monkeypatch.setattr(
+        "fedtl.round_training.WAVE_BYTES", 2**13
+    )  # four clients with 16 random features
     shutil.rmtree(store.folder, ignore_errors=True)  # what another scenario's clients kept
     scenario = {**SCENARIOS, **TRAVELLING}[name]
     built = make_federation(open_data(scenario_of(people, scenario, {"kind": "local"})))

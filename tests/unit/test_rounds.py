@@ -477,7 +477,7 @@ def test_statistics_in_waves_of_one_give_the_bits_of_one_wave(
     changes = {**FED3R, "strategy": {"name": "fed3r", **options}}
     together, apart = Asked(population), Asked(population)
     one, progress = run(federation(population, together, **changes), tmp_path / "one")
-    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 1)
+    monkeypatch.setattr("fedtl.round_training.WAVE_BYTES", 1)
     many, again = run(federation(population, apart, **changes), tmp_path / "many")
     assert [len(wave) for wave in apart.asked] == [1] * 5
     assert [k for wave in together.asked for k in wave] == [k for wave in apart.asked for k in wave]
@@ -494,7 +494,7 @@ def test_statistics_in_waves_of_one_give_the_bits_of_one_wave(
 def test_a_liar_alone_in_its_wave_stops_nobody(
     population: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtl.rounds.WAVE_BYTES", 1)
+    monkeypatch.setattr("fedtl.round_training.WAVE_BYTES", 1)
     changes = {"rounds": 2, "strategy": {"name": "fed3r"}}
     state, _ = run(federation(population, Asked(population, (2,)), **changes), tmp_path / "lie")
     assert state.slots["reported"].tolist() == [1, 1, 0, 1, 1]

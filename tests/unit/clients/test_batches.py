@@ -42,10 +42,10 @@ def test_is_the_documented_shuffle(key: int, num_examples: int) -> None:
 
 def test_published_splitmix64_values() -> None:
     # The first outputs of the reference generator for seed 1234567.
-    from fedtl.clients.batches import _GAMMA, _mix
+    from fedtl.clients.batches import GAMMA, mix
 
-    states = [np.uint64((1234567 + i * int(_GAMMA)) & MASK) for i in (1, 2, 3)]
-    assert [int(_mix(state)) for state in states] == [
+    states = [np.uint64((1234567 + i * int(GAMMA)) & MASK) for i in (1, 2, 3)]
+    assert [int(mix(state)) for state in states] == [
         6457827717110365317,
         3203168211198807973,
         9817491932198370423,

@@ -22,7 +22,7 @@ from fedtl.engines.flower_engine import FlowerEngine
 from fedtl.engines.node import Node, NotPrepared
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import EnvironmentFault, InputError
-from fedtl.plans import Personal, RoundPlan
+from fedtl.plans import RING, Personal, Protection, RoundPlan
 from fedtl.strategies.validation import accept_updates
 from fedtl.types import LocalTraining, Population
 
@@ -44,6 +44,9 @@ class Everybody:
         return self.whole
 
     def consent(self, plan) -> None:
+        pass
+
+    def protected(self, plan) -> None:
         pass
 
     def store(self) -> None:
@@ -121,6 +124,21 @@ def test_one_request_per_node_and_the_bits_of_the_local_engine(nodes, population
     wanted = LocalEngine(population, 1).evaluate(HEAD, np.array([0, 2, 4]))
     assert metrics.clients.tolist() == [0, 2, 4]
     assert metrics.loss_sum.tobytes() == wanted.loss_sum.tobytes()
+
+
+def test_a_client_that_fails_alone_costs_its_nodes_other_clients_nothing(population) -> None:
+    """Client 4 has an entry beyond the ring; 1 is hosted beside it, in simulation."""
+    wild = replace(population, features=population.features.copy())
+    wild.features[population.train.of(4)] *= 50
+    nodes = {n: Liar(Node(Everybody(wild, own), simulated=True)) for n, own in SEATS.items()}
+    own = Protection(ring_bits=32, scale=2.0**20, limit=2**22, masked=True)
+    step = replace(plan([0, 1, 3, 4]), protection=own)
+    updates, missing = accepted(made(nodes, wild), wild, step)
+    (local,) = LocalEngine(wild, 1).run_clients(step, HEAD)
+    assert updates.clients.tolist() == local.clients.tolist() == [0, 1, 3]
+    np.testing.assert_array_equal(updates.tensors[RING], local.tensors[RING])
+    assert missing == {4: "of its answer an entry is too large for the secure sum"}
+    assert missing == {one.client: one.reason for one in local.failures}
 
 
 def test_the_start_learns_nothing_from_anybody(nodes, population) -> None:

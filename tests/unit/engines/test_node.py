@@ -54,6 +54,9 @@ class OneClientHere:
     def consent(self, plan) -> None:
         pass
 
+    def protected(self, plan) -> None:
+        pass
+
     def store(self):
         return None
 

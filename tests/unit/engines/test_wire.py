@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from fedtl.engines import wire
 from fedtl.engines.wire import pack, unpack
 from fedtl.errors import InputError
-from fedtl.plans import Compression, Personal, RoundPlan, Statistics
-from fedtl.types import ClientMetrics, ClientUpdates, LocalTraining, head_bytes
+from fedtl.plans import Compression, Personal, Protection, RoundPlan, Statistics
+from fedtl.types import ClientFailure, ClientMetrics, ClientUpdates, LocalTraining, head_bytes
 
 FACTS = {"round": 3, "rate": 0.1, "name": "Müller <b>", "list": [1, None, True, {"a": "b"}]}
 TENSORS = {
@@ -293,6 +293,83 @@ def test_nobody_can_be_made_to_allocate_without_limit(random_features: int) -> N
         wire.read_plan(*wire.train_request(large, HEAD))
     with pytest.raises(InputError, match="no head"):
         wire.read_plan(*wire.train_request(plan(), {}))
+
+
+PROTECTED = Protection(
+    clip=1.0, noise=0.5, least_per_class=3, ring_bits=32, scale=2.0**20, limit=2**29, masked=True
+)  # fmt: skip
+
+
+def test_how_an_answer_is_protected_travels() -> None:
+    keys = np.array([3, 2**64 - 1], np.uint64)
+    for asked in (
+        PROTECTED,
+        Protection(example_clip=0.5, example_noise=1.5),
+        Protection(row_clip=2.0, noise=1.0, ring_bits=64, scale=1e-3, limit=2**63 - 1),
+        Protection(clip=1.0),
+    ):
+        sent = replace(
+            plan(), protection=asked, noise_keys=keys, weights=np.array([0.25, 1.0])
+        )  # fmt: skip
+        got, _ = wire.read_plan(*travelled(wire.train_request(sent, HEAD)))
+        assert got.protection == asked
+        assert got.noise_keys is not None
+        assert got.noise_keys.tolist() == keys.tolist()
+        assert got.weights is not None
+        assert got.weights.tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip": -1.0}, {"noise": -0.5}, {"scale": -1.0}, {"row_clip": -1.0}, {"clip": math.inf},
+        {"clip": 0.0}, {"least_per_class": 0}, {"least_per_class": -3}, {"ring_bits": 31},
+        {"ring_bits": 0}, {"ring_bits": 16}, {"ring_bits": -32}, {"scale": 0.0}, {"limit": 0},
+        {"limit": 2**31}, {"limit": -5}, {"example_noise": 1.0},
+        {"ring_bits": 0, "scale": 0.0, "limit": 0},
+        {"ring_bits": 0, "scale": 0.0, "masked": False},
+        {"clip": "1"}, {"clip": 1}, {"masked": 1}, {"limit": 1.5}, {"limit": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_protection_that_protects_nothing_is_refused(change: dict[str, object]) -> None:
+    facts, tensors = wire.train_request(replace(plan(), protection=PROTECTED), HEAD)
+    wire.read_plan(facts, tensors)
+    with pytest.raises(InputError, match="malformed"):
+        wire.read_plan({**facts, "protection": {**facts["protection"], **change}}, tensors)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.array([0.0, 1.0]), np.array([1.1, 1.0]), np.array([np.nan, 1.0]),
+        np.array([-1.0, 1.0]), np.array([1.0]), np.ones(2, np.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_weights_in_a_sum_are_refused(weights: np.ndarray) -> None:
+    facts, tensors = wire.train_request(replace(plan(), protection=PROTECTED), HEAD)
+    with pytest.raises(InputError, match="weights"):
+        wire.read_plan(facts, {**tensors, "weights": weights})
+    with pytest.raises(InputError, match="noise_keys"):
+        wire.read_plan(facts, {**tensors, "noise_keys": np.zeros(3, np.uint64)})
+
+
+def test_clients_that_failed_are_told_beside_those_that_did_not() -> None:
+    ring = {"ring.values": np.array([[1, 2**32 - 1]], np.uint32)}
+    failed = (ClientFailure(5, "of its answer an entry is too large"),)
+    updates = ClientUpdates(7, np.array([1]), ring, np.array([10]), np.array([np.nan]), failed)
+    facts, tensors = travelled(wire.updates_reply(updates))
+    got = wire.read_updates(7, np.array([1, 5]), tensors, facts)
+    assert got.failures == failed
+    assert got.tensors["ring.values"].dtype == np.uint32
+    assert got.tensors["ring.values"].tolist() == [[1, 2**32 - 1]]
+    for clients in ([1], [1, 5, 6], [1, 6], [5]):
+        with pytest.raises(InputError, match="other clients"):
+            wire.read_updates(7, np.array(clients), tensors, facts)
+    for odd in (3, [5], [[5]], [[5, 6]], [["5", "why"]], [[5, "a"], [5, "b"]], [[True, "why"]]):
+        with pytest.raises(InputError, match="malformed"):
+            wire.read_updates(7, np.array([1, 5]), tensors, {**facts, "failed": odd})
 
 
 def test_corrections_of_another_form_are_refused() -> None:

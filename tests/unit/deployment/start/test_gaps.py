@@ -57,7 +57,7 @@ def gathered(make_site: Callable[..., Any], tmp_path: Path) -> tuple[Any, Flower
 
 def facts_of(site: Any, engine: FlowerEngine) -> dict[str, Any]:
     backbone = open_data(site.scenario).backbone
-    collected = collect_statistics(engine, engine.roster, 1e4)
+    collected = collect_statistics(engine, engine.roster, site.scenario)
     return gap_facts(site.scenario, backbone, engine.roster, collected)
 
 
@@ -111,7 +111,7 @@ def test_who_does_not_answer_is_missing_and_named(gathered: tuple[Any, FlowerEng
 
 def test_a_lone_example_is_told(gathered: tuple[Any, FlowerEngine]) -> None:
     site, engine = gathered
-    collected = collect_statistics(engine, engine.roster, 1e4)
+    collected = collect_statistics(engine, engine.roster, site.scenario)
     collected.sums[1]["counts"][0] = 1  # type: ignore[index]
     facts = gap_facts(site.scenario, open_data(site.scenario).backbone, engine.roster, collected)
     assert any("1 times a client has one example" in note for note in facts["notes"])

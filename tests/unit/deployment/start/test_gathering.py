@@ -96,6 +96,9 @@ class Actor:
     def consent(self, plan) -> None:
         pass
 
+    def protected(self, plan) -> None:
+        pass
+
     def store(self) -> None:
         return None
 

@@ -107,6 +107,11 @@ def test_start_refuses_what_check_refuses(fedtl, ready: Path) -> None:
     done = fedtl(*start)
     assert done.returncode == 5
     assert "chmod 600" in done.stderr
+    unknown = fedtl(*start, "--require", "secagg", "--require", "trust")
+    assert unknown.returncode == 2
+    assert "--require: nothing that can be required (got 'trust'; allowed: secagg, dp)" in (
+        " ".join(unknown.stderr.split())
+    )
     assert not list(ready.glob(".*"))
 
 
@@ -118,13 +123,15 @@ def test_audit_tells_what_left(fedtl, tmp_path: Path) -> None:
     log = AuditLog(path)
     for round in (1, 2):
         log.sent(Sent("train", round, {}, {"weight": (1, 7, 1280)}, 36_000, "0" * 64))
+    log.sent(Sent("train", 3, {"masked": True}, {"ring": (1, 5)}, 200, "0" * 64))
     log.close()
     done = fedtl("client", "audit", str(path))
     assert done.returncode == 0, done.stderr
     assert "17,920" in done.stdout
     assert "the chain is whole" in done.stdout
     assert json.loads(fedtl("client", "audit", str(path), "--json").stdout)["messages"] == {
-        "train": 2
+        "train": 2,
+        "train, under masks": 1,
     }
     path.write_bytes(path.read_bytes().replace(b"36000", b"36001", 1))
     broken = fedtl("client", "audit", str(path))
