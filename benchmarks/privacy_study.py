@@ -46,8 +46,14 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 """Keys over the scenario's, by what is protected and how."""
 
-CANARIES = {"central": 100, "example": 1000, "release": 1000}
-"""Of the audited runs: clients, or examples."""
+PLAIN: dict[str, dict[str, Any]] = {"FedAvg": {}, "ridge": FED3R}
+"""The same training without any mechanism: keys over the scenario's."""
+
+CLIENT_CANARIES = {"privacy-pacs": 99, "privacy-cifar10": 499}
+"""Of the audited runs of whole clients: all but one."""
+
+CANARIES = 1000
+"""Of the other audited runs, examples."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,13 @@ class Cell:
             if self.level is not None
             else {"privacy.noise_multiplier": 0.0}
         )
-        canaries = CANARIES[own["privacy.mechanism"]] if audited else 0
+        central = own["privacy.mechanism"] == "central"
+        canaries = CLIENT_CANARIES[self.data] if central else CANARIES
         return {
             **own,
             **noise,
             "seed": self.seed,
-            "privacy.canaries": canaries,
+            "privacy.canaries": canaries if audited else 0,
             "privacy.compare": False,
             "evaluation.references": [],
         }
@@ -90,6 +97,17 @@ def cells(data: Sequence[str]) -> Iterator[Cell]:
         for mechanism in MECHANISMS:
             for level in LEVELS:
                 yield from (Cell(name, mechanism, level, seed) for seed in SEEDS)
+
+
+def run_plain(data: str, out: Path) -> None:
+    """What is compared with, as far as it is missing."""
+    for name, own in PLAIN.items():
+        for seed in SEEDS:
+            folder = out / data / name / str(seed)
+            if not (folder / "summary.json").is_file():
+                keys = {**own, "privacy.mechanism": "none", "seed": seed}
+                keys["evaluation.references"] = []
+                fedtl.run(data, out=folder, **nested(keys))
 
 
 def run_cell(cell: Cell, out: Path) -> None:
@@ -119,6 +137,10 @@ def table(data: str, out: Path) -> Iterator[str]:
     """One data set's table as Markdown: mean (deviation) over seeds."""
     yield "| | epsilon | noise | accuracy | audited epsilon, seed by seed | AUC |"
     yield "|---|---|---|---|---|---|"
+    for name in PLAIN:
+        found = [_json(out / data / name / str(seed) / "summary.json") for seed in SEEDS]
+        if all(found):
+            yield f"| {name}, nothing protected | | | {spread(found)} | | |"
     for mechanism in MECHANISMS:
         for level in LEVELS:
             own = [Cell(data, mechanism, level, seed) for seed in SEEDS]
@@ -126,15 +148,20 @@ def table(data: str, out: Path) -> Iterator[str]:
             audits = [_json(one.folder(out, True) / "audit.json") for one in own]
             if not all(runs) or not all(audits):
                 continue
-            accuracy = [100 * run["final"]["accuracy"] for run in runs]
             noise = runs[0]["privacy"]["noise_multiplier"]
             lower = ", ".join(f"{audit['lower']['epsilon']:.2f}" for audit in audits)
             auc = statistics.mean(audit["membership"][0]["auc"] for audit in audits)
             yield (
                 f"| {mechanism} | {'none' if level is None else f'{level:g}'} | {noise:.2f} | "
-                f"{statistics.mean(accuracy):.1f} ({statistics.stdev(accuracy):.1f}) | {lower} | "
+                f"{spread(runs)} | {lower} | "
                 f"{100 * auc:.1f} % |"
             )
+
+
+def spread(runs: Sequence[dict[str, Any]]) -> str:
+    """Mean and deviation of the accuracy on all tests, per cent."""
+    accuracy = [100 * run["final"]["accuracy"] for run in runs]
+    return f"{statistics.mean(accuracy):.1f} ({statistics.stdev(accuracy):.1f})"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -149,6 +176,8 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true")
     given = parser.parse_args()
     if not given.tables:
+        for name in given.data:
+            run_plain(name, given.out)
         todo = list(cells(given.data))
         for i, cell in enumerate(todo):
             print(f"{i + 1} of {len(todo)}: {cell}", flush=True)

@@ -1,6 +1,6 @@
 """The whole round loop against the kernel alone, against FedJAX, and with a large population.
 
-    uv run python benchmarks/rounds.py [--fedjax PYTHON] [--population]
+    uv run python benchmarks/rounds.py [--fedjax PYTHON] [--population] [--privacy]
 
 Reference work: 100 clients x 500 examples x 512 features, 10 classes, 5 epochs, batch 50, all
 clients in each of 5 rounds. Everything of one run of this script is measured on the same machine
@@ -24,10 +24,12 @@ from fedtl.clients.training import train_clients
 from fedtl.engines import LocalEngine
 from fedtl.interrupts import Interrupts
 from fedtl.planning import plan_round
+from fedtl.privacy.promise import make_promise
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
 from fedtl.scenario.schema import Scenario
-from fedtl.strategies import ServerState, make_strategy
+from fedtl.secure_rounds import simulated_sums
+from fedtl.strategies import ServerState, make_strategy, protected
 from fedtl.types import Population, Rows
 
 CLIENTS, EXAMPLES, TESTS, FEATURES, CLASSES = 100, 500, 125, 512, 10
@@ -67,8 +69,13 @@ def federation(people: Population, scenario: Scenario, threads: int) -> Federati
     """A federation over ready features."""
     width = people.features.shape[1]
     head = {"weight": np.zeros((CLASSES, width), np.float32), "bias": np.zeros(CLASSES, np.float32)}
-    strategy = make_strategy(scenario.strategy)
-    return Federation(scenario, people.roster(), head, strategy, LocalEngine(people, threads), {})
+    roster = people.roster()
+    promise = make_promise(scenario, roster)
+    strategy = protected(make_strategy(scenario, roster.names), scenario, promise, roster.train)
+    return Federation(
+        scenario, roster, head, strategy, LocalEngine(people, threads), {},
+        promise, simulated_sums(scenario, roster.train),
+    )  # fmt: skip
 
 
 def loop_seconds(made: Federation) -> float:
@@ -116,6 +123,39 @@ def compare_loop(fedjax: str | None) -> None:
         print(f"FedJAX (jax {found['jax']}) {theirs:.2f} ms, {ratio:.1f} times the whole loop here")
 
 
+PROTECTED = {
+    "central": {"mechanism": "central", "noise_multiplier": 1.0},
+    "local": {"mechanism": "local", "noise_multiplier": 1.0},
+    "example": {"mechanism": "example", "noise_multiplier": 1.0},
+    "secure arithmetic": {"secure_aggregation": "arithmetic"},
+    "central, secure arithmetic": {
+        "mechanism": "central",
+        "noise_multiplier": 1.0,
+        "secure_aggregation": "arithmetic",
+    },
+}
+"""``[privacy]`` by what is measured."""
+
+
+def measure_privacy() -> None:
+    """The protected loop against the plain one, in turn; medians of the ratios."""
+    threads = machine.allowed_cores()
+    features = np.random.default_rng(0).normal(size=(CLIENTS * (EXAMPLES + TESTS), FEATURES))
+    people = population(features.astype(np.float32), CLIENTS, EXAMPLES, TESTS)
+    uniform = {**WORK, "strategy": {"name": "fedavg", "weighting": "uniform"}}
+    plain = federation(people, Scenario.model_validate(uniform), threads)
+    for name, section in PROTECTED.items():
+        scenario = Scenario.model_validate({**uniform, "privacy": section})
+        made = federation(people, scenario, threads)
+        loop_seconds(made)
+        pairs = [(loop_seconds(plain), loop_seconds(made)) for _ in range(REPEATS)]
+        done = CLIENTS * scenario.rounds
+        print(
+            f"{name:28} {1e3 * np.median([b for _, b in pairs]) / done:7.3f} ms per client and "
+            f"round, {np.median([b / a for a, b in pairs]):5.2f} times the plain loop"
+        )
+
+
 def measure_population() -> None:
     """100,000 clients of which a part is sampled in each of 20 rounds; features stay on disk."""
     shape = (POPULATION * (TRAIN_EACH + TEST_EACH), FEATURES)
@@ -158,7 +198,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fedjax", help="a Python in which fedjax is installed")
     parser.add_argument("--population", action="store_true", help="also the large population")
+    parser.add_argument("--privacy", action="store_true", help="also loops that protect")
     arguments = parser.parse_args()
     compare_loop(arguments.fedjax)
     if arguments.population:
         measure_population()
+    if arguments.privacy:
+        measure_privacy()
