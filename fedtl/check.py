@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +20,7 @@ from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.personal import degenerate
-from fedtl.terminal import plain_table, plan_table, shown
+from fedtl.terminal import plain_table, plan_table, sentences, shown
 from fedtl.transfer.features import bad_images, named
 from fedtl.types import Int32
 
@@ -64,12 +65,17 @@ def check_scenario(
     console.print()
     console.print(class_table(opened.split, examples.labels, examples.classes))
     for note in (*examples.notes, *plan.privacy_notes):
-        console.print(f"[yellow]note[/] {shown(note)}")
+        console.print(sentences([("[yellow]note[/]", note)]))
     if same := degenerate(scenario.strategy.name, scenario.head.kind):
         console.print(f"[yellow]note[/] {same}")
     for name, count in opened.split.excluded[:5]:
         console.print(f"[yellow]left out[/] {shown(name)}: {count} examples, too few to train on")
-    console.print(f"\nAll good. Next: fedtl run {shown(command)}")
+    console.print(f"\nAll good. Next: fedtl run {shown(command)}", soft_wrap=True)
+    if scenario.privacy.mechanism != "none":
+        planned = re.sub(r" --engine \S+", "", command)  # it is the same on every engine
+        console.print(
+            f"What is promised, and on what: fedtl privacy {shown(planned)}", soft_wrap=True
+        )
     return {"scenario_hash": scenario.hash(), **asdict(plan)}
 
 

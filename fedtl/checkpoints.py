@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fedtl.errors import InputError
+from fedtl.errors import InputError, SecurityRefusal
 from fedtl.results.commits import Commit
 from fedtl.results.runs import RunFolder
 from fedtl.strategies.base import ServerState
+
+PROMISE = "promise"
+"""Among the identity: the terms of differential privacy, none where nothing is promised."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Progress:
             can be compared without their records.
         dropouts: clients that went missing in secure sums.
         aborted: rounds whose secure sum was given up.
+        charged: lines of the privacy ledger.
     """
 
     round: int = 0
@@ -38,6 +42,7 @@ class Progress:
     clients_bytes: int = 0
     dropouts: int = 0
     aborted: int = 0
+    charged: int = 0
 
 
 def tensors_of(state: ServerState) -> dict[str, np.ndarray[Any, Any]]:
@@ -75,6 +80,8 @@ def restore(
 
     Raises:
         InputError: no commit is whole, or it is of something else.
+        SecurityRefusal: its rounds kept another promise than the next would, changes allowed or
+            not: what both spend could not be added up.
     """
     commit, notes = folder.begin()
     for note in notes:
@@ -93,6 +100,17 @@ def restore(
         )
         folder.commit(commit_of(identity, initial, progress))
         return initial, progress
+    was, now = commit.facts["identity"].get(PROMISE), identity.get(PROMISE)
+    if allow_changes and was != now:
+        raise SecurityRefusal(
+            "this run began under another promise of privacy, and what its rounds released cannot "
+            "be added up with what the next would",
+            where=folder.path,
+            got=_in_words(now),
+            allowed=_in_words(was),
+            do="Bring [privacy] back as it was (noise, clip and budget may change), or run the "
+            "scenario anew",
+        )
     if not allow_changes:
         check_identity(commit.facts["identity"], identity, str(folder.path))
     known = Progress.__dataclass_fields__
@@ -108,6 +126,12 @@ def restore(
     head = {name: tensors[f"head.{name}"] for name in initial.head}
     slots = {name: tensors[f"slots.{name}"] for name in initial.slots}
     return ServerState(head, slots), Progress(**saved)
+
+
+def _in_words(terms: Mapping[str, Any] | None) -> str:
+    if terms is None:
+        return "no promise"
+    return ", ".join(f"{name} {value}" for name, value in terms.items())
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

@@ -141,7 +141,7 @@ def check(
 
     chosen = load_scenario(scenario, overrides or (), engine=engine)
     with Interrupts() as interrupts:
-        command = again(scenario, overrides)
+        command = again(scenario, overrides, engine)
         facts = check_scenario(chosen, command, console_for(as_json), interrupts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from fedtl.privacy.ledger import LEDGER, Ledger
 from fedtl.privacy.noise import SEEDED, SYSTEM
 from fedtl.privacy.promise import Promise
 from fedtl.rounds import Federation
+from fedtl.scenario.privacy import unit_of
+from fedtl.scenario.schema import Scenario
 from fedtl.strategies import secure_ring
 from fedtl.strategies.base import ServerState
 from fedtl.strategies.private import CLIP
 
 SIMULATED_MASKS = (
-    "in this simulation all ends of the secure sum are in one process: its messages, sums and cost "
-    "are the real ones, but nothing is hidden from whoever runs it"
+    "in this simulation all ends of the secure sum are in one process: its messages and sums are "
+    "the real ones, but nothing is hidden from whoever runs it, and the bytes of keys and shares "
+    "are not counted"
 )
 SEEDED_NOISE = (
     "noise follows from the seed, as this is a simulation: whoever knows the seed can take it off"
@@ -27,6 +30,7 @@ SEEDED_NOISE = (
 ROUNDED = "updates and noise are as good as continuous: they are rounded to the secure sum's grid"
 ARITHMETIC = "of secure aggregation only the arithmetic is run: the server sees every client's part"
 FOLDER = "the run's folder says who took part in which round: only the head may be shown around"
+PAST_NOISE = "the run's folder holds the noise of past rounds: only the head may be shown around"
 
 
 def privacy_notes(federation: Federation) -> list[str]:
@@ -37,9 +41,14 @@ def privacy_notes(federation: Federation) -> list[str]:
         spent = promise.epsilon_after(promise.rounds)
         source = SEEDED if federation.noise == "seeded" else SYSTEM
         notes.append(
-            f"{promised(promise.mechanism, promise.unit, spent, promise.delta)}, after all "
-            f"{promise.rounds} rounds; noise multiplier {promise.noise_multiplier:.4g}, clip "
-            f"{promise.clip:g}, noise from the {source} at the {_place(federation)}"
+            f"{promised(promise.mechanism, promise.unit, spent, promise.delta)}, after "
+            f"{_rounds(promise.rounds)}; noise multiplier {promise.noise_multiplier:.4g}, clip "
+            f"{promise.clip:g}"
+            + (
+                f", noise from the {source} at the {_place(federation)}"
+                if promise.noise_multiplier
+                else ""
+            )
         )
         notes += promise.notes
     if section.secure_aggregation != "none":
@@ -48,11 +57,49 @@ def privacy_notes(federation: Federation) -> list[str]:
     return notes
 
 
+def _rounds(count: int) -> str:
+    return "its one round" if count == 1 else f"all {count} rounds"
+
+
 def promised(mechanism: str, unit: str, epsilon: float | None, delta: float) -> str:
     """Epsilon with its unit, in half a line."""
     whom = "whole clients" if unit == "client" else "single examples"
     bound = "not bounded" if epsilon is None else f"{epsilon:.4g} (delta {delta:g})"
     return f"differential privacy ({mechanism}) of {whom}: epsilon {bound}"
+
+
+def privacy_words(scenario: Scenario, epsilon: float | None) -> str:
+    """What is promised of all rounds."""
+    asked = scenario.privacy
+    unit = unit_of(asked)
+    words = "data stay at the clients; no differential privacy, epsilon is not bounded"
+    if unit is not None:
+        words = promised(asked.mechanism, unit, epsilon, asked.delta)
+        if asked.budget is not None and (epsilon is None or epsilon > asked.budget):
+            words += f", but the budget of {asked.budget:g} stops the run before"
+    if asked.secure_aggregation != "none":
+        words += f"; secure aggregation ({asked.secure_aggregation})"
+    return words
+
+
+def privacy_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was promised and spent."""
+    facts = summary.get("privacy")
+    if facts is None:
+        return []
+    lines = []
+    if facts["unit"] is not None:
+        spent = facts["epsilon"], facts["delta"]
+        lines.append(f"{promised(facts['mechanism'], facts['unit'], *spent)}.")
+    if (secure := facts["secure_aggregation"]) is not None:
+        how = "Sums were made under masks"
+        if secure["protocol"] == "arithmetic":
+            how = "Sums were made as under masks, but without any"
+        lines.append(
+            f"{how} ({secure['protocol']}): {secure['dropouts']} dropouts, "
+            f"{secure['aborted_rounds']} rounds given up."
+        )
+    return lines
 
 
 def privacy_card(
@@ -110,11 +157,13 @@ def _assumptions(federation: Federation) -> Iterator[str]:
         yield from promise.assumptions
         if promise.sampling in ("poisson", "fixed"):
             yield FOLDER
+        if promise.banded:
+            yield PAST_NOISE
         if promise.noise_multiplier and federation.noise == "seeded":
             yield SEEDED_NOISE
         if promise.noise_multiplier and section.secure_aggregation != "none":
             yield ROUNDED
-    elif section.secure_aggregation == "arithmetic":
+    if section.secure_aggregation == "arithmetic":
         yield ARITHMETIC
     if masked and federation.noise == "seeded":
         yield SIMULATED_MASKS

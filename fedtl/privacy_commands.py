@@ -25,14 +25,24 @@ def privacy(
     as_json: AsJson = False,
 ) -> None:
     """Show what a scenario promises its clients, and what noise that takes, before any training."""
-    from fedtl.privacy_plan import show_privacy
+    from fedtl.privacy_plan import check_amount, show_privacy
     from fedtl.scenario.load import load_scenario
 
-    chosen = load_scenario(scenario, overrides or ())
+    check_amount(epsilon, noise)
+    given = list(overrides or ())
+    amounts = {"privacy.epsilon": epsilon, "privacy.noise_multiplier": noise}
+    told = [f"{key}={value!r}" for key, value in amounts.items() if value is not None]
+    if told and "privacy.mechanism" in map(_key, given):  # which is refused without an amount
+        given = [*(one for one in given if _key(one) not in amounts), *told]
+    chosen = load_scenario(scenario, given)
     command, console = again(scenario, overrides), console_for(as_json)
     facts = show_privacy(chosen, command, console, epsilon=epsilon, noise=noise)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 @app.command()

@@ -19,7 +19,7 @@ from fedtl.scenario.compatibility import find_conflicts
 from fedtl.scenario.privacy import Privacy, unit_of
 from fedtl.scenario.privacy_rules import ONE_RELEASE
 from fedtl.scenario.schema import Scenario
-from fedtl.terminal import plain_table, shown
+from fedtl.terminal import plain_table, sentences, shown
 from fedtl.types import Roster
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -81,16 +81,31 @@ def show_privacy(
     }
     _print(console, facts)
     if not facts["in_the_way"]:
-        chosen = " ".join((command, *(f"--set {shlex.quote(one)}" for one in settings)))
-        first = f"fedtl {'privacy' if if_set else 'run'} {chosen}"
+        first = f"fedtl {'privacy' if if_set else 'run'} {_chosen(command, settings)}"
         console.print(f"\nNext: {shown(first)}", soft_wrap=True)
     return facts
 
 
-def _asked(
-    scenario: Scenario, epsilon: float | None, noise: float | None
-) -> tuple[Scenario, list[str]]:
-    """The scenario with what the command line says instead; what to set where nothing is set."""
+def _chosen(command: str, settings: list[str]) -> str:
+    """The command with these settings, and without its own of the same."""
+    keys = {one.partition("=")[0] for one in settings}
+    if keys & {"privacy.epsilon", "privacy.noise_multiplier"}:
+        keys |= {"privacy.epsilon", "privacy.noise_multiplier"}
+    kept: list[str] = []
+    for word in shlex.split(command):
+        if kept[-1:] == ["--set"] and word.partition("=")[0].strip() in keys:
+            kept.pop()
+        else:
+            kept.append(word)
+    return shlex.join([*kept, *(word for one in settings for word in ("--set", one))])
+
+
+def check_amount(epsilon: float | None, noise: float | None) -> None:
+    """Refuse what cannot be asked for.
+
+    Raises:
+        InputError: both, or a number that none can have.
+    """
     if epsilon is not None and noise is not None:
         raise InputError(
             "one of both follows from the other", where="--epsilon, --noise", do="Give one"
@@ -98,6 +113,13 @@ def _asked(
     for name, value, least in (("--epsilon", epsilon, "above 0"), ("--noise", noise, "0 or more")):
         if value is not None and not (0 <= value < math.inf and (value or name == "--noise")):
             raise InputError("there is no such amount", where=name, got=value, allowed=least)
+
+
+def _asked(
+    scenario: Scenario, epsilon: float | None, noise: float | None
+) -> tuple[Scenario, list[str]]:
+    """The scenario with what the command line says instead; what to set where nothing is set."""
+    check_amount(epsilon, noise)
     amount: dict[str, Any] = {}
     if epsilon is not None or noise is not None:
         amount = {"epsilon": epsilon, "noise_multiplier": noise}
@@ -256,15 +278,17 @@ def _print(console: Console, facts: dict[str, Any]) -> None:
         within = facts["rounds_within_budget"]
         rows["budget"] = f"{facts['budget']:g}: {within:,} of {facts['rounds']:,} rounds are in it"
     console.print(f"[bold]{shown(facts['name'])}[/] [dim]what is promised[/]")
-    for name, text in rows.items():
-        console.print(f"{name:10s}{shown(text)}", soft_wrap=True)
+    console.print(sentences([(f"{name:9s}", text) for name, text in rows.items()]))
     _print_tables(console, facts)
-    for sentence in facts["assumptions"]:
-        console.print(f"[dim]assumed[/] {shown(sentence)}", soft_wrap=True)
-    for line in facts["in_the_way"]:
-        console.print(f"[yellow]in the way[/] {shown(line)}", soft_wrap=True)
-    for sentence in facts["notes"]:
-        console.print(f"[yellow]note[/] {shown(sentence)}", soft_wrap=True)
+    below = {
+        "[dim]assumed[/]": facts["assumptions"],
+        "[yellow]in the way[/]": facts["in_the_way"],
+        "[yellow]note[/]": facts["notes"],
+    }
+    for what, told in below.items():
+        if not told:
+            continue
+        console.print(sentences([(what, sentence) for sentence in told]))
 
 
 def _promise_line(facts: dict[str, Any]) -> str:

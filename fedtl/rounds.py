@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtl.checkpoints import Progress, commit_of, restore, tensors_of
+from fedtl.checkpoints import PROMISE, Progress, commit_of, restore, tensors_of
 from fedtl.errors import PolicyStop
 from fedtl.evaluation.metrics import client_rows, defined, overall, per_client
 from fedtl.failpoints import failpoint
@@ -63,15 +63,18 @@ def run_rounds(
             ended.
         Interrupted: Ctrl-C or SIGTERM; the round was finished and committed.
         InputError: the commit belongs to another scenario, data set or version.
+        SecurityRefusal: it belongs to another promise of privacy, or its ledger is not whole.
     """
     for absence in federation.scenario.participation.absent:  # names, before anything is trained
         absent_clients(federation.scenario, federation.roster.names, absence.round)
     initial = federation.strategy.init(federation.head, federation.roster.num_clients)
-    state, progress = restore(initial, federation.identity, folder, allow_changes, tell)
+    identity = _identity(federation)
+    state, progress = restore(initial, identity, folder, allow_changes, tell)
     spending = Spending.of(federation.promise, folder.path, federation.scenario, federation.noise)
     if spending.ledger.damaged is not None:
         folder.event("damaged_ledger", note=spending.ledger.damaged)
         tell(spending.ledger.damaged)
+    spending.require(progress.charged)
     total = federation.scenario.rounds
     while progress.round < total and not federation.strategy.finished(state):
         started = time.perf_counter()
@@ -107,9 +110,10 @@ def run_rounds(
         seconds = time.perf_counter() - started
         progress = replace(progress, train_seconds=progress.train_seconds + seconds)
         row["seconds"] = [seconds]
-        progress = replace(progress, rounds_bytes=folder.rounds.append(row))
+        charged = len(spending.ledger.entries)
+        progress = replace(progress, rounds_bytes=folder.rounds.append(row), charged=charged)
         failpoint("before_commit", plan.round)
-        folder.commit(commit_of(federation.identity, state, progress))
+        folder.commit(commit_of(identity, state, progress))
         failpoint("after_commit", plan.round)
         observe({name: column[0] for name, column in row.items()}, updates)
         if progress.abandoned >= federation.scenario.participation.patience:
@@ -117,6 +121,13 @@ def run_rounds(
         if progress.round < total:
             interrupts.check(f"interrupted; saved round {progress.round} of {total}")
     return state, progress
+
+
+def _identity(federation: Federation) -> dict[str, Any]:
+    """What must not change, the promise of privacy not even where changes are allowed."""
+    if federation.promise is None:
+        return dict(federation.identity)
+    return {**federation.identity, PROMISE: federation.promise.terms}
 
 
 def _quorum(federation: Federation, plan: RoundPlan) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedtl import seeding
 from fedtl.checkpoints import Progress
-from fedtl.errors import PolicyStop
+from fedtl.errors import PolicyStop, SecurityRefusal
 from fedtl.plans import RoundPlan
 from fedtl.privacy.ledger import LEDGER, Entry, Ledger
 from fedtl.privacy.noise import Noise, from_system, seeded
@@ -74,6 +74,22 @@ class Spending:
         else."""
         return self.promise is not None and self.promise.mechanism == "central"
 
+    def require(self, charged: int) -> None:
+        """Refuse to go on with a ledger of fewer lines than a commit says it had.
+
+        Raises:
+            SecurityRefusal: what was spent cannot be known.
+        """
+        if self.promise is not None and len(self.ledger.entries) < charged:
+            raise SecurityRefusal(
+                "the privacy ledger has lost lines, so nobody knows what was spent",
+                where=self.ledger.path,
+                got=f"{len(self.ledger.entries)} lines",
+                allowed=f"at least {charged}",
+                do="Bring the file back as it was; without it start a new run, but what the old "
+                "one released stays released",
+            )
+
     def begin(self, plan: RoundPlan, away: Int64) -> None:
         """Make ready for a round; charges it where the clients make the noise of their own answers.
 
@@ -118,8 +134,12 @@ class Spending:
             return False
         if self._within < 0:
             self._within = self.promise.rounds_within(budget)
-        charged = [entry.round for entry in self.ledger.entries]
-        as_planned = charged == [*range(1, len(charged) + 1)]  # none given up, none twice
+        own, charged = self.promise, self.ledger.entries
+        as_planned = all(  # none given up, none twice, all with the noise of now
+            (entry.round, entry.noise_multiplier, entry.sampling, entry.rate)
+            == (round, own.noise_multiplier, own.sampling, own.rate)
+            for round, entry in enumerate(charged, 1)
+        )
         return not as_planned or len(charged) >= self._within
 
     def _refuse_beyond(self, entry: Entry) -> None:
@@ -133,10 +153,11 @@ class Spending:
         if spent is not None and spent <= budget:
             return
         before = self.promise.epsilon(ledger.entries)
+        had = "without bound" if before is None else f"{before:.4g}"
         would = "without bound" if spent is None else f"epsilon = {spent:.4g}"
         raise BudgetSpent(
             f"round {entry.round} would bring what is spent to {would}; "
-            f"{entry.round - 1} rounds are kept, they spent {before or 0.0:.4g}",
+            f"{entry.round - 1} rounds are kept, they spent {had}",
             where="privacy.budget",
             got=f"{budget:g}",
             do="The run's folder has the head of the last round; for more rounds raise "

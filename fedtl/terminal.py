@@ -6,6 +6,7 @@ On a terminal it moves; elsewhere (a log file, CI) it is plain lines, one a roun
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,9 +23,8 @@ from fedtl.build import OpenedData
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
-from fedtl.privacy_card import promised
+from fedtl.privacy_card import privacy_lines, privacy_words
 from fedtl.scenario.compatibility import CLOSED_FORMS
-from fedtl.scenario.privacy import unit_of
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
 from fedtl.types import ClientUpdates
@@ -46,6 +46,9 @@ COLUMNS = (
     "  s",
 )
 """Of the table of rounds; the widths hold where it is printed line by line."""
+
+ALIGNED = 50
+"""Characters of the longest command that others' explanations are moved to the right for."""
 
 SPARED = frozenset({COLUMNS[2], COLUMNS[6], COLUMNS[7]})
 """Columns that a narrow terminal does without."""
@@ -101,6 +104,14 @@ def plain_table(*columns: str) -> Table:
     return table
 
 
+def sentences(rows: Sequence[tuple[str, str]]) -> Table:
+    """What each sentence is of, with markup, and the sentence: wrapped beside it, not under it."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for what, sentence in rows:
+        table.add_row(what, shown(sentence))
+    return table
+
+
 def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     """What will happen and what it will cost."""
     scenario, backbone = opened.scenario, opened.backbone
@@ -126,18 +137,6 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/]", shown(text))
     return table
-
-
-def privacy_words(scenario: Scenario, epsilon: float | None) -> str:
-    """What is promised of all rounds."""
-    asked = scenario.privacy
-    unit = unit_of(asked)
-    words = "data stay at the clients; no differential privacy, epsilon is not bounded"
-    if unit is not None:
-        words = promised(asked.mechanism, unit, epsilon, asked.delta)
-    if asked.secure_aggregation != "none":
-        words += f"; secure aggregation ({asked.secure_aggregation})"
-    return words
 
 
 def strategy_words(scenario: Scenario, plan: Forecast) -> str:
@@ -247,7 +246,7 @@ class Terminal:
 
     def noted(self, note: str) -> None:
         """Prints a line above the table."""
-        self.console.print(f"[yellow]note[/] {shown(note)}")
+        self.console.print(sentences([("[yellow]note[/]", note)]))
 
     def comparing(self, reference: str) -> None:
         """Says which reference is being trained."""
@@ -275,6 +274,9 @@ class Terminal:
             )
         for line in privacy_lines(summary):
             self.console.print(shown(line), highlight=False)
+        if (facts := summary.get("privacy")) is not None:
+            assumed = [("  assumed:", sentence) for sentence in facts["assumptions"]]
+            self.console.print(sentences(assumed))
         seconds = summary["seconds"]
         self.console.print(
             f"Moved {size(summary['bytes_up'] + summary['bytes_down'])} "
@@ -314,23 +316,6 @@ class Terminal:
             self._live.update(self._table() if self._rows else "", refresh=True)
             self._live.stop()
             self._live = None
-
-
-def privacy_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What was promised and spent, and what it rests on."""
-    facts = summary.get("privacy")
-    if facts is None:
-        return []
-    lines = []
-    if facts["unit"] is not None:
-        spent = facts["epsilon"], facts["delta"]
-        lines.append(f"{promised(facts['mechanism'], facts['unit'], *spent)}.")
-    if (secure := facts["secure_aggregation"]) is not None:
-        lines.append(
-            f"Sums were made in secret ({secure['protocol']}): {secure['dropouts']} dropouts, "
-            f"{secure['aborted_rounds']} rounds given up."
-        )
-    return [*lines, *(f"  assumed: {sentence}" for sentence in facts["assumptions"])]
 
 
 HEADS = {
@@ -376,7 +361,8 @@ def next_commands(scenario: Scenario, name: str, folder: Path) -> list[str]:
     if asked.mechanism != "none" or asked.secure_aggregation != "none":  # not all go with these
         commands.append((f"fedtl audit {quoted}", "what would attacks find in this head?"))
         if asked.mechanism != "none":
-            commands.append((f"fedtl privacy {name}", "what would other noise cost?"))
+            planned = re.sub(r" --engine \S+", "", name)  # it is the same on every engine
+            commands.append((f"fedtl privacy {planned}", "what would other noise cost?"))
         return _explained(commands)
     commands.append(
         (f"fedtl run {name} --set strategy.name={other}", "is there a better strategy?")
@@ -395,5 +381,5 @@ def next_commands(scenario: Scenario, name: str, folder: Path) -> list[str]:
 
 
 def _explained(commands: Sequence[tuple[str, str]]) -> list[str]:
-    width = max(len(command) for command, _ in commands)
+    width = max((len(one) for one, _ in commands if len(one) <= ALIGNED), default=0)
     return [f"{command.ljust(width)}  # {why}" for command, why in commands]

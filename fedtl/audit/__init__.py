@@ -17,11 +17,13 @@ from fedtl.audit.members import attack_members
 from fedtl.audit.reopened import Reopened, reopen
 from fedtl.audit.sent import attack_sent
 from fedtl.audit.told import print_audit
+from fedtl.errors import InputError
 from fedtl.interrupts import Interrupts
 from fedtl.privacy.canaries import canary_unit
 from fedtl.privacy.membership import found_something
 from fedtl.results.audit_file import AUDIT, FORMAT
 from fedtl.results.files import write_atomic
+from fedtl.results.tables import seed_folders
 from fedtl.terminal import Terminal
 
 __all__ = ["audit_run"]
@@ -45,6 +47,13 @@ def audit_run(path: Path, console: Console, interrupts: Interrupts) -> dict[str,
         EnvironmentFault: the folder cannot be written.
     """
     started = time.perf_counter()
+    if seeds := seed_folders(path):
+        raise InputError(
+            "holds a run for each seed, and one is attacked at a time",
+            where=path,
+            allowed=", ".join(seed.name for seed in seeds),
+            do=f"Type 'fedtl audit {seeds[0]}'",
+        )
     with Terminal(console) as terminal:
 
         def extracting(done: int, total: int) -> None:

@@ -116,8 +116,10 @@ def _power(run: Reopened, most: float, coins: int, planted: bool) -> str:
     else:
         unit = "examples" if planted else "pairs"
     said = f"with {coins} {unit} no more than {most:.3g} could have been shown"
-    if coins < FEW or (run.promised is not None and most < run.promised):
+    if run.promised is not None and (coins < FEW or most < run.promised):
         said += ": too few to test this promise"
+    elif coins < FEW:
+        said += ": too few to show much"
     if not planted:
         said += (
             "; a pair is two neighbours apart, so the bound is half of what single canaries would "

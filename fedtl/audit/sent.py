@@ -59,8 +59,9 @@ def attack_sent(run: Reopened) -> tuple[list[Fact], list[str]]:
         )
     elif shield is not None:
         stages[AFTER] = some
-    mechanism = run.scenario.privacy.mechanism
-    if mechanism in ("central", "release") and not (shield is not None and shield.ring_bits):
+    section = run.scenario.privacy
+    noised = section.mechanism in ("central", "release") and section.noise_multiplier != 0
+    if noised and not (shield is not None and shield.ring_bits):
         notes.append(
             "noise is added at the server: towards the server itself nothing is promised, and what "
             "it sees of single clients is above"

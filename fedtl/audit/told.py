@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fedtl.results.audit_file import AUDIT
-from fedtl.terminal import percent, plain_table, shown
+from fedtl.terminal import percent, plain_table, sentences, shown
 
 NAMES = {"loss": "small loss", "lira": "likelihood ratio"}
 
@@ -19,17 +19,15 @@ def print_audit(facts: Mapping[str, Any], path: Path, console: Console) -> None:
     console.print(f"[bold]Audit[/] of {shown(path.name)}\n")
     lower, unit = facts["lower"], facts["unit"]
     upper = "nothing" if facts["upper"] is None else f"epsilon at most {facts['upper']:.3g}"
-    console.print(f"promised  {upper}, for each {unit}")
-    if lower["epsilon"] is None:
-        console.print("shown     no lower bound")
-    else:
-        console.print(
-            f"shown     epsilon at least {lower['epsilon']:.3g} "
+    found = "no lower bound"
+    if lower["epsilon"] is not None:
+        found = (
+            f"epsilon at least {lower['epsilon']:.3g} "
             f"({percent(lower['confidence'])} sure; {lower['correct']} of {lower['guesses']} "
             f"guesses about {lower['canaries']} coins were right)"
         )
-    if lower["note"]:
-        console.print(f"[dim]          {shown(lower['note'])}[/]")
+    rows = [("promised", f"{upper}, for each {unit}"), ("shown", found)]
+    console.print(sentences([*rows, *([("", lower["note"])] if lower["note"] else [])]))
     console.print("\n[bold]Who was in the training, by the head alone[/]")
     table = plain_table("attack", "AUC", "by chance", "found at 1 % false", "at 0.1 %")
     for attack in facts["membership"]:
@@ -48,8 +46,8 @@ def print_audit(facts: Mapping[str, Any], path: Path, console: Console) -> None:
         console.print(f"{shown(fact['what'])}: {shown(fact['found'])}")
         console.print(f"[dim]  {shown(fact['note'])}[/]")
     console.print()
-    for note in facts["notes"]:
-        console.print(f"[yellow]note[/] {shown(note)}")
-    for warning in facts["warnings"]:
-        console.print(f"[bold red]warning[/] {shown(warning)}")
+    below = [("[yellow]note[/]", note) for note in facts["notes"]]
+    below += [("[bold red]warning[/]", warning) for warning in facts["warnings"]]
+    if below:
+        console.print(sentences(below))
     console.print(f"The figures are in {shown(str(path / AUDIT))}", soft_wrap=True)

@@ -201,7 +201,11 @@ def _shorten(
             squares[s] += np.float64(logits[c, s]) * np.float64(logits[c, s])
     for s in range(len(chosen)):
         norm = math.sqrt(squares[s]) * lengths[s]
-        # A norm that is not a number leaves the gradient as it is: not a number.
+        if not norm < np.inf:  # of logits that overflowed: one row must not decide over the others
+            total[s] = np.float32(0.0)
+            for c in range(len(logits)):
+                logits[c, s] = np.float32(0.0)
+            continue
         total[s] = np.float32(share * (bound / norm) if norm > bound else share)
     for c in range(len(logits)):
         for s in range(BLOCK):

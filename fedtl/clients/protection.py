@@ -5,7 +5,9 @@ noise comes last, as only a sum of all the clients' is enough: clip, pack and un
 (packing can lengthen), add noise, round to whole numbers of the ring. Noise over a whole
 update has one stream per client, so that neither blocks nor threads nor engines change a bit.
 
-A client whose update is not finite, or too large for the ring, is a failure of its own.
+A client whose update is not finite, or too large for the ring, is a failure of its own; but where
+it adds noise, an update that is not finite counts as 0: that its training diverged is told by
+nothing else than by what noise covers.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def protect(
 def _shielded(
     updates: ClientUpdates, head: Head, plan: RoundPlan, threads: int, secure: bool
 ) -> ClientUpdates:
-    """Heads w + clip(w_k - w) + noise, float32; one that is not finite stays so."""
+    """Heads w + clip(w_k - w) + noise, float32; without noise one that is not finite stays so."""
     asked = plan.protection
     assert asked is not None
     out = {name: np.empty_like(updates.tensors[name]) for name in head}
@@ -144,7 +146,8 @@ def _clipped(updates: ClientUpdates, head: Head, bound: float, first: int, stop:
 
 
 def _add_noise(flat: Float64, plan: RoundPlan, places: Int64, secure: bool) -> None:
-    """In place, of each client's own stream; ``places`` are theirs in the plan.
+    """In place, of each client's own stream; ``places`` are theirs in the plan. What is not
+    finite becomes 0 before: it has no length that was clipped.
 
     Raises:
         InputError: noise is asked for, and neither keys nor the system may make it.
@@ -157,6 +160,7 @@ def _add_noise(flat: Float64, plan: RoundPlan, places: Int64, secure: bool) -> N
         raise InputError(
             "noise is asked for, and nothing says where from", where=f"round {plan.round}"
         )
+    flat[~np.isfinite(flat).all(axis=1)] = 0.0
     for row, place in zip(flat, places.tolist(), strict=True):
         if secure:
             stream: Noise = from_system()

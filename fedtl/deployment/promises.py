@@ -60,12 +60,12 @@ def _client_noise(promise: Promise, strategy: Strategy) -> float:
         return promise.noise_multiplier
     if not isinstance(strategy, Private) or strategy.ring is None:
         return 0.0
-    survivors, release = strategy.ring.least(promise.population), strategy.then
+    ring, release = strategy.ring, strategy.then
     if isinstance(release, PrivateRelease):
         bound = promise.clip if promise.unit == "client" else 1.0
-        return release.deviation / bound / sqrt(survivors)
+        return release.deviation / bound / sqrt(ring.least(promise.population))
     assert strategy.central is not None, "its noise is central"
-    return strategy.central.deviation / sqrt(survivors)
+    return strategy.central.deviation / sqrt(ring.threshold * promise.population)
 
 
 Sums = Callable[[RoundPlan, Head], SecureSum]

@@ -234,7 +234,8 @@ def from_optimum(
         device=judge.device,
     )
     mean = float(loss.loss_sum.sum()) / max(1, int(loss.count.sum()))
-    excess = mean + weight_decay / 2 * _squares(head) - pooled.facts["train_loss"]
+    best = pooled.facts["train_loss"]  # None where features are so large that it overflowed
+    excess = math.nan if best is None else mean + weight_decay / 2 * _squares(head) - best
     distance = None
     if pooled.facts["converged"] and pooled.head is not None:
         apart = {name: head[name] - tensor for name, tensor in pooled.head.items()}

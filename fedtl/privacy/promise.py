@@ -16,9 +16,11 @@ How each mechanism is accounted, z the noise multiplier (deviation over the clip
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -97,6 +99,22 @@ class Promise:
     def banded(self) -> bool:
         """Whether noise is correlated over rounds."""
         return len(self.coefficients) > 0
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What may not change within a run, JSON values: the ledger's entries of before are
+        accounted by what holds now, but for their noise, rate and clients."""
+        found: dict[str, Any] = {"mechanism": self.mechanism, "unit": self.unit, "seed": self.seed}
+        if self.mechanism == "central":
+            found["replaced"] = self.sampling == "fixed"
+        if self.banded:
+            found |= {"rounds": self.rounds, "separation": self.separation}
+            found["bands"] = len(self.coefficients)
+        if self.mechanism == "example":
+            sizes = hashlib.blake2b(self.sizes.astype("<i8").tobytes(), digest_size=16)
+            found |= {"batch_size": self.batch_size, "epochs": self.epochs}
+            found["sizes"] = sizes.hexdigest()
+        return found
 
     def entry(self, round: int, clients: Iterable[int], noise_id: str) -> Entry:
         """What the ledger shall hold of a round's release.

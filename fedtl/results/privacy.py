@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +16,7 @@ SENT = {
     "statistics": "sums over its examples' features, class by class (how many, their sum, and for "
     "some methods the sums of their products), once",
     "gradient": "the gradient of its loss: one number for each weight of the head",
-    "train": "a trained head: one number for each weight, how many examples it was trained on, "
-    "and the mean loss",
+    "train": "a trained head: one number for each weight, and how many examples it was trained on",
 }
 """What a client sends, by the task of a round."""
 
@@ -24,6 +25,9 @@ UNITS = {
     "example": "one example of one client",
 }
 """Whose presence epsilon hides, by unit."""
+
+ATTACKS = {"loss": "small loss", "lira": "likelihood ratio"}
+"""Membership attacks, as a reader may know them."""
 
 UNPROTECTED = "unprotected"
 """The head of the same training without differential privacy."""
@@ -39,20 +43,24 @@ def privacy(run: RunTables) -> dict[str, Any]:
     return {
         "sent": _sent(run, told),
         "per_answer": bytes_text(each),
-        "per_client": None
-        if each is None or not len(used)
-        else (bytes_text(each * used.min()), bytes_text(each * used.max())),
-        "stayed": "Images, features and labels of single examples stayed with the clients."
+        "per_client": _span(each, used),
+        "stayed": "Images, and features and labels of single examples, stayed with the clients; "
+        "what was sent is made of them."
         if run.real
-        else "This was a simulation: all data lay on one machine. With real clients images, "
-        "features and labels of single examples stay where they are.",
+        else "This was a simulation: all data lay on one machine. With real clients images, and "
+        "features and labels of single examples, stay where they are; what is sent is made of "
+        "them.",
         "could": _could(run, told),
         "could_not": _could_not(told),
         "card": _card(run, told),
         "assumptions": list(told.get("assumptions", ())),
         "paid": _paid(run),
         "audit": run.audit,
-        "audit_command": None if run.real or run.interrupted else f"fedtl audit {run.path.name}",
+        "attacks": ATTACKS,
+        "real": run.real,
+        "audit_command": None
+        if run.real or run.interrupted
+        else f"fedtl audit {shlex.quote(run.path.name)}",
     }
 
 
@@ -71,12 +79,20 @@ def _sent(run: RunTables, told: Mapping[str, Any]) -> list[str]:
     elif strategy == "lbfgs":
         task = "gradient"
     sent = [SENT[task]]
+    if task == "train" and _tells_loss(told):
+        sent.append("the mean loss of that training")
     if run.scenario.get("head", {}).get("initial") == "fed3r":
         sent.append("in the first round, sums of its features")
     if told.get("noise_at") == "clients":
-        sent.append("all of it with noise that is added before it leaves")
+        sent.append(
+            "none of these numbers as it is: noise is added before they leave. How many examples "
+            "it has is told without noise"
+        )
     if told.get("secure_aggregation"):
-        sent.append("as whole numbers under masks that only cancel in the sum of all clients")
+        sent.append(
+            "them as whole numbers under masks, which cancel only in the sum of all clients"
+            + _unmasked(told)
+        )
     if int(told.get("min_class_examples") or 1) > 1:
         sent.append(f"nothing of a class of which it has under {told['min_class_examples']}")
     return sent
@@ -90,16 +106,16 @@ def _could(run: RunTables, told: Mapping[str, Any]) -> list[str]:
         found.append(f"each client's message one by one{noise}: they were not summed under masks")
     else:
         found.append("the sum of the clients' messages of a round")
-    if told.get("mechanism", "none") == "none" or number(told.get("epsilon")) is None:
+    if told.get("noise_at") == "server":
+        found.append(
+            "the clients' messages before the noise was added: the promise holds for whoever sees "
+            "the model alone, and the server itself must be trusted"
+        )
+    if not _limited(told):
         found.append(
             "without a limit, whatever these say about single examples: how often each class "
             "occurs, whether an example took part in the training, and from sums over a single "
             "example that example's features"
-        )
-    elif told.get("noise_at") == "server":
-        found.append(
-            "the clients' messages before the noise was added: the promise is to whoever sees the "
-            "model, and the server itself must be trusted"
         )
     found.append("how often the model is right on each client's test examples, class by class")
     return found
@@ -107,21 +123,49 @@ def _could(run: RunTables, told: Mapping[str, Any]) -> list[str]:
 
 def _could_not(told: Mapping[str, Any]) -> list[str]:
     """What it could not."""
-    found = ["images, and features or labels of single examples, as they are"]
+    found = ["images: none is sent"]
+    if _limited(told):
+        found.append("features or labels of single examples, as they are")
+    else:
+        found.append(
+            "features or labels of single examples, as they are, but for what the list above says"
+        )
     secure = told.get("secure_aggregation")
     if secure:
-        partial = " (only the arithmetic of it was simulated here)"
         found.append(
             "any single client's message, as long as the server follows the protocol and at least "
-            f"{secure.get('threshold')} clients answer"
-            + (partial if secure.get("protocol") == "arithmetic" else "")
+            f"{secure.get('threshold')} clients answer{_unmasked(told)}"
         )
-    epsilon = number(told.get("epsilon"))
-    if epsilon is not None:
-        what = "whether a client took part" if told.get("unit") == "client" else ""
-        what = what or "whether an example was there"
+    epsilon = number(told.get("epsilon_against_server", told.get("epsilon")))
+    if _limited(told) and epsilon is not None:
+        what = "what the data of a client are"
+        if told.get("unit") != "client":
+            what = "whether an example was in a client's data"
         found.append(f"{what}, beyond what epsilon = {epsilon:.3g} allows")
     return found
+
+
+def _limited(told: Mapping[str, Any]) -> bool:
+    """Whether epsilon also bounds what the server itself learns."""
+    return number(told.get("epsilon")) is not None and told.get("noise_at") == "clients"
+
+
+def _unmasked(told: Mapping[str, Any]) -> str:
+    only = (told.get("secure_aggregation") or {}).get("protocol") == "arithmetic"
+    return " (only the arithmetic of it was simulated here, without masks)" if only else ""
+
+
+def _tells_loss(told: Mapping[str, Any]) -> bool:
+    leaves = told.get("leaves")
+    return leaves is None or any(leaf.get("tensor") == "loss" for leaf in leaves)
+
+
+def _span(each: float | None, used: Any) -> str | None:
+    """How much a client sends in a run, from the least to the most."""
+    if each is None or not len(used):
+        return None
+    least, most = bytes_text(each * used.min()), bytes_text(each * used.max())
+    return least if least == most else f"{least} to {most}"
 
 
 def _card(run: RunTables, told: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -136,7 +180,8 @@ def _card(run: RunTables, told: Mapping[str, Any]) -> dict[str, Any] | None:
         "upper": "no limit" if epsilon is None else f"{epsilon:.3g}",
         "upper_words": "nothing is promised"
         if epsilon is None
-        else f"promised: epsilon is at most this, but for a chance of {told.get('delta'):g}",
+        else f"epsilon for {UNITS.get(unit, unit)}, but for a chance of "
+        f"{number(told.get('delta')) or 0.0:g} (delta)",
         "lower": "not measured" if found is None else f"{found:.3g}",
         "lower_words": "type the command below"
         if not audit
@@ -144,14 +189,30 @@ def _card(run: RunTables, told: Mapping[str, Any]) -> dict[str, Any] | None:
         if found is not None
         else str(lower.get("note") or "this run cannot be audited"),
         "unit": UNITS.get(unit, unit),
+        "odds": _odds(epsilon),
+        "power": str(lower.get("note") or "") if found is not None else "",
         "shouted": found is not None and epsilon is not None and found > epsilon,
     }
 
 
+def _odds(epsilon: float | None) -> str:
+    """What an epsilon means for a guess: from even odds to at most e^epsilon to 1."""
+    if epsilon is None:
+        return ""
+    if epsilon > 5:
+        return "with this one, a guess by a coin may still become all but certain."
+    return (
+        "with this one, whoever guesses whether it was there is right in at most "
+        f"{100 / (1 + math.exp(-epsilon)):.3g} of 100 cases, instead of 50 by a coin."
+    )
+
+
 def _found(lower: Mapping[str, Any]) -> str:
     sure = number(lower.get("confidence"))
-    words = "found by attack: epsilon is at least this"
-    if sure is not None:
+    words = "epsilon, by attack"
+    if not number(lower.get("epsilon")):
+        words = "epsilon: the attack proved nothing"
+    elif sure is not None:
         words += f", with {100 * sure:.0f} % confidence"
     if lower.get("guesses"):
         words += f" ({lower['correct']} of {lower['guesses']} guesses right)"

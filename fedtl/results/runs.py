@@ -178,4 +178,8 @@ class RunFolder:
             content: dict[str, Any] = json.loads(path.read_bytes())
             return content
         except ValueError as error:
-            raise InputError("the summary is damaged", where=path) from error
+            raise InputError(
+                "the summary is damaged",
+                where=path,
+                do="Put it back from a copy, or run the scenario anew",
+            ) from error

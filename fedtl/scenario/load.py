@@ -92,7 +92,7 @@ def load_scenario(
     origin = _line_numbers(text, path.name)
     for override in overrides:
         key, value = _parse_override(override)
-        _assign(raw, key, value)
+        _assign(raw, key, value, [told for told, place in origin.items() if place == "--set"])
         origin[".".join(key)] = "--engine" if key == ["engine", "kind"] and engine else "--set"
     return validate(raw, str(path), origin)
 
@@ -186,15 +186,18 @@ REPLACED: Mapping[tuple[str, object], tuple[str, ...]] = {
 """By key and value (None: a number) the keys of the same table that an override takes out."""
 
 
-def _assign(raw: dict[str, Any], key: Sequence[str], value: Any) -> None:
+def _assign(raw: dict[str, Any], key: Sequence[str], value: Any, told: Sequence[str]) -> None:
     """Set one value; what the file says of it in another way no longer holds.
+
+    What was ``told`` the same way stays, so that two answers to one question are refused.
 
     Another strategy keeps of the file's parameters only those it knows; noise replaces an epsilon
     it would follow from, and the other way round; without a mechanism neither is left.
     """
     named = (".".join(key), value if isinstance(value, str) else None)
     for other in REPLACED.get(named, ()):
-        if isinstance(inner := raw.get(key[0]), dict):
+        again = named[1] is None and f"{key[0]}.{other}" in told
+        if not again and isinstance(inner := raw.get(key[0]), dict):
             inner.pop(other, None)
     old = raw.get("strategy")
     if list(key) == ["strategy", "name"] and isinstance(old, dict) and value in strategy_names():

@@ -277,4 +277,4 @@ def secure_ring(scenario: Scenario, examples: Int64) -> SecureRing | None:
         # a weight above 0 for whoever has no rows, too: its update is 0
         weights = np.maximum(examples, 1e-9) / max(1, int(examples.max(initial=0)))
     masked = section.secure_aggregation != "arithmetic"
-    return SecureRing(section.value_range, section.threshold, masked, weights)
+    return SecureRing(section.value_range, section.threshold, masked, weights, len(examples))

@@ -10,7 +10,9 @@ denominator, flat clipping):
 
 over all tensors that are sent together, uniform over clients. The server clips, and so does not
 rest on clients that do; in a secure sum, where it cannot, the clients clip, and add the noise
-among them: N(0, (z S)^2 / t) each, t the fewest that a sum may have.
+among them: N(0, (z S)^2 / (t n)) each of the n asked, t the threshold, so that the fewest that a
+sum may have bring enough. The server adds what is missing of (z S)^2 / t, and all sums are rounded
+to one grid: else noise and grid would tell how many were asked, which nothing hides.
 
 Adaptive clipping (Andrew et al. 2021, arXiv 1905.03871, algorithm 1): b~ = 1/2 + (sum_k (b_k - 1/2)
 + N(0, sigma_b^2)) / m with b_k = [|w_k - w| <= S]; S <- S exp(-rate (b~ - quantile)); the updates
@@ -107,26 +109,35 @@ class SecureRing:
         threshold: share of the asked that must answer.
         masked: whether clients mask what they send.
         weights: of all clients in the mean, float64 [K] in (0, 1]; None for equal ones.
+        population: K, where a cohort's number is a secret.
     """
 
     value_range: float
     threshold: float
     masked: bool
     weights: Float64 | None = None
+    population: int = 0
 
     def least(self, asked: int) -> int:
         """The fewest of so many clients whose sum may be seen."""
         return max(min(2, asked) if self.masked else 1, ceil(self.threshold * asked - 1e-9), 1)
 
-    def protected(self, plan: RoundPlan) -> RoundPlan:
-        """The plan with answers in a ring, statistics in the wide one."""
-        own = plan.protection or Protection()
-        bits, largest = 32, self.value_range
+    def protected(self, plan: RoundPlan, largest: float | None = None) -> RoundPlan:
+        """The plan with answers in a ring, statistics in the wide one.
+
+        Args:
+            largest: size of an entry, where it is known better; then the scale does not depend on
+                how many are asked.
+        """
+        own, most = plan.protection or Protection(), max(1, len(plan.clients))
+        bits = 32
         if plan.task == "statistics":
             bits, largest = 64, STATISTICS_RANGE
-        elif own.clip:  # known better
+        elif largest is not None:
+            most = max(most, self.population)
+        elif own.clip:
             largest = own.clip + TAIL * own.noise
-        scale, limit = scale_for(largest, max(1, len(plan.clients)), bits)
+        scale, limit = scale_for(largest or self.value_range, most, bits)
         # one client alone has nobody to share masks with, and if it adds all the noise no need to
         masked = self.masked and not (len(plan.clients) == 1 and own.noise > 0)
         own = replace(own, ring_bits=bits, scale=scale, limit=limit, masked=masked)
@@ -170,10 +181,12 @@ class Private:
         if self.ring is None:
             return plan
         if self.central is not None and plan.task == "train":
-            share = self.central.deviation / self.ring.least(len(plan.clients)) ** 0.5
             clip = self._clip(state)
-            own = replace(plan.protection or Protection(), clip=clip, noise=share * clip)
+            whole = self._of_all(state)
+            share = whole / max(1, len(plan.clients)) ** 0.5
+            own = replace(plan.protection or Protection(), clip=clip, noise=share)
             plan = replace(plan, protection=own)
+            return self.ring.protected(plan, clip + TAIL * whole)
         return self.ring.protected(plan)
 
     def step(self, state: ServerState, updates: ClientUpdates) -> ServerState:
@@ -210,13 +223,19 @@ class Private:
             total: sum of the survivors' weighted updates, by name.
             weight: of the survivors together; 0 where nobody was asked.
         """
-        slots: dict[str, Float64 | Int64] = {}
         total = {name: np.array(sums) for name, sums in total.items()}
-        if self.central is not None and not weight:  # there is nobody to add the noise
-            slots = self._noised(state, total, plan.round)
-        divisor = weight if self.central is None else self.central.denominator
+        divisor = weight
+        if self.central is not None:
+            divisor = self.central.denominator
+            missing = 1 - weight / max(1, len(plan.clients))  # of all that were asked
+            if missing > 0 and self.central.deviation:
+                drawn = self._fresh(total, self._of_all(state) * missing**0.5)
+                total = {name: sums + drawn[name] for name, sums in total.items()}
+            if plan.protection is not None:  # noise of the server's is on no grid
+                scale = plan.protection.scale
+                total = {name: np.rint(scale * sums) / scale for name, sums in total.items()}
         mean = {name: sums / divisor for name, sums in total.items()}
-        return self._moved(state, mean, plan.round, plan.training, slots)
+        return self._moved(state, mean, plan.round, plan.training, {})
 
     def absorb(self, state: ServerState, updates: ClientUpdates) -> ServerState:
         """The other strategy's."""
@@ -279,6 +298,12 @@ class Private:
     def _clip(self, state: ServerState) -> float:
         assert self.central is not None
         return float(state.slots[CLIP][0]) if self.central.adaptive else self.central.clip
+
+    def _of_all(self, state: ServerState) -> float:
+        """Deviation of the noise in a secure sum: z S is left where the fewest survive."""
+        assert self.central is not None
+        assert self.ring is not None
+        return float(self.central.deviation * self._clip(state) / self.ring.threshold**0.5)
 
     def _next_clip(self, clip: float, share: float) -> float:
         """S exp(-rate (b~ - quantile)), from the true share b."""

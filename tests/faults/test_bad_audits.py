@@ -42,6 +42,12 @@ def test_no_run(fedtl: Call) -> None:
     refused(fedtl("audit", "nowhere"), "not a run folder")
 
 
+def test_runs_of_several_seeds(fedtl: Call, run: Path) -> None:
+    (run.parent / "seeds").mkdir()
+    run.rename(run.parent / "seeds" / "seed-1")
+    refused(fedtl("audit", "seeds"), "seed-1", "fedtl audit seeds/seed-1")
+
+
 def test_an_unfinished_run(fedtl: Call, run: Path) -> None:
     (run / "summary.json").unlink()
     refused(fedtl("audit", "run"), "not finished", "fedtl resume")

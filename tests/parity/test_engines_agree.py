@@ -122,7 +122,15 @@ TRAVELLING: dict[str, dict[str, Any]] = {
     },
     "statistics in a secure sum": {
         "privacy": {"secure_aggregation": "arithmetic"},
-        "strategy": {"name": "fed3r", "keep_statistics": False}, "clients": HALF, "rounds": 2,
+        "strategy": {"name": "fed3r", "keep_statistics": False}, "rounds": 2,
+    },
+    "noise in every step": {
+        "privacy": {"mechanism": "example", "noise_multiplier": 1.0, "delta": 1e-2},
+        "clients": HALF, "rounds": 2,
+    },
+    "statistics released once": {
+        "privacy": {"mechanism": "release", "noise_multiplier": 1.0, "delta": 1e-2},
+        "strategy": {"name": "fed3r"}, "rounds": 1,
     },
 }  # fmt: skip
 """Every kind of thing that is sent or kept besides heads."""

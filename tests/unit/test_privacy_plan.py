@@ -47,7 +47,7 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[s
     """What the command gives as JSON, and what it tells people."""
     assert run_command(["privacy", *arguments, "--json"]) == 0
     out, told = capsys.readouterr()
-    return json.loads(out), told
+    return json.loads(out), " ".join(told.split())  # as it reads, however it is wrapped
 
 
 def settings(*pairs: str) -> list[str]:
@@ -110,6 +110,20 @@ def test_without_a_mechanism_it_says_what_could_be(made, capsys) -> None:
     assert "if it were set" in told
     facts, told = planned(capsys, made("fed3r"))
     assert (facts["mechanism"], facts["unit"], facts["rounds"]) == ("release", "client", 1)
+
+
+def test_an_amount_goes_with_a_mechanism_on_the_command_line(made, capsys) -> None:
+    facts, told = planned(capsys, made(), *CENTRAL, "--epsilon", "4")
+    assert 0 < facts["epsilon"] <= 4
+    assert told.endswith("--set privacy.epsilon=4")
+    own = [made(), *CENTRAL, *settings("privacy.noise_multiplier=9")]
+    facts, told = planned(capsys, *own, "--epsilon", "4")
+    assert 0 < facts["epsilon"] <= 4
+    assert "noise_multiplier=9" not in told
+    assert run_command(["privacy", made(), *CENTRAL, "--epsilon", "0"]) == 2
+    assert "--epsilon: there is no such amount" in capsys.readouterr().err
+    facts, told = planned(capsys, made(), *settings("privacy.mechanism=none"))
+    assert told.count("--set privacy.mechanism=") == 1
 
 
 def test_what_stands_in_the_way_is_told(made, capsys) -> None:

@@ -17,7 +17,7 @@ from fedtl import seeding
 from fedtl.checkpoints import Progress
 from fedtl.clients.tasks import do_task
 from fedtl.engines import LocalEngine
-from fedtl.errors import Interrupted, PolicyStop
+from fedtl.errors import Interrupted, PolicyStop, SecurityRefusal
 from fedtl.interrupts import Interrupts
 from fedtl.planning import cyclic_cohort, plan_round, poisson_cohort
 from fedtl.plans import RING, RoundPlan
@@ -58,12 +58,17 @@ def federation(population: Population, engine: Any = None, **changes: Any) -> Fe
 
 
 def run(
-    made: Federation, path: Path, interrupts: Interrupts | None = None, observe: Any = None
+    made: Federation,
+    path: Path,
+    interrupts: Interrupts | None = None,
+    observe: Any = None,
+    allow_changes: bool = False,
 ) -> tuple[ServerState, Progress]:
     folder = RunFolder.reopen(path) if path.exists() else RunFolder.create(path, "")
     try:
         observe = observe or (lambda row, updates: None)
-        return run_rounds(made, folder, observe, interrupts or Interrupts())
+        interrupts = interrupts or Interrupts()
+        return run_rounds(made, folder, observe, interrupts, allow_changes=allow_changes)
     finally:
         folder.write_tables()
         folder.release()
@@ -195,6 +200,68 @@ class TestRepeated:
         assert spent is not None
         assert planned is not None
         assert spent > planned
+
+
+EXAMPLE = {**CENTRAL, "mechanism": "example"}
+LONG = {"local_epochs": 9, "batch_size": 8}
+
+
+class TestResumedOtherwise:
+    """What was spent is added up by what holds now, so little of that may change."""
+
+    @pytest.mark.parametrize("lost", ["", "half", "file"])
+    def test_a_ledger_that_lost_lines_is_refused(
+        self, lost: str, population: Population, tmp_path: Path
+    ) -> None:
+        made, ledger = federation(population, privacy=CENTRAL), tmp_path / "run" / "ledger.jsonl"
+        with pytest.raises(Interrupted):
+            run(made, tmp_path / "run", Stop(2))
+        lines = ledger.read_text().splitlines(keepends=True)
+        ledger.write_text(lines[0] if lost == "half" else "")
+        if lost == "file":
+            ledger.unlink()
+        with pytest.raises(SecurityRefusal, match="lost lines"):
+            run(made, tmp_path / "run", allow_changes=True)
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ({}, {"privacy": CENTRAL}),
+            ({"privacy": CENTRAL}, {}),
+            ({"privacy": {**CENTRAL, "mechanism": "local"}}, {"privacy": CENTRAL}),
+            ({"privacy": EXAMPLE, "training": LONG}, {"privacy": EXAMPLE}),
+            (
+                {"privacy": CENTRAL},
+                {"privacy": {**CENTRAL, "sampling": "fixed"}, "clients": {"fraction": 0.6}},
+            ),
+            (PRIVATE["banded"], {**PRIVATE["banded"], "rounds": 9}),
+            (PRIVATE["banded"], {**PRIVATE["banded"], "seed": 9}),
+        ],
+        ids=["none", "to none", "local", "example", "fixed", "banded", "seed"],
+    )
+    def test_another_promise_is_refused_even_where_changes_are_allowed(
+        self, before: dict[str, Any], after: dict[str, Any], population: Population, tmp_path: Path
+    ) -> None:
+        with pytest.raises(Interrupted):
+            run(federation(population, **before), tmp_path / "run", Stop(1))
+        with pytest.raises(SecurityRefusal, match="another promise"):
+            run(federation(population, **after), tmp_path / "run", allow_changes=True)
+
+    def test_rounds_of_less_noise_count_against_the_budget(
+        self, population: Population, tmp_path: Path
+    ) -> None:
+        with pytest.raises(Interrupted):
+            run(federation(population, privacy=CENTRAL), tmp_path / "run", Stop(2))
+        more = {**CENTRAL, "noise_multiplier": 9.0}
+        made = federation(population, privacy={**more, "budget": 4.0})
+        assert made.promise is not None
+        assert made.promise.epsilon_after(4) < 4.0  # type: ignore[operator]
+        with pytest.raises(PolicyStop, match="round 3 would bring"):
+            run(made, tmp_path / "run", allow_changes=True)
+        made = federation(population, privacy=more)
+        run(made, tmp_path / "run", allow_changes=True)
+        entries = Ledger(tmp_path / "run" / "ledger.jsonl").entries
+        assert [entry.noise_multiplier for entry in entries] == [1.0, 1.0, 9.0, 9.0]
 
 
 class TestSecureSums:

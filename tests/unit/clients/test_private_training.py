@@ -134,6 +134,16 @@ def test_what_is_not_finite_survives_and_stays_with_its_client(bad: float) -> No
         assert np.array_equal(spoiled.tensors[name][[0, 2]], tensor[[0, 2]])
 
 
+def test_a_row_that_overflows_moves_no_more_than_another() -> None:
+    """Its logits are infinite once the weights have grown; its client's others still count."""
+    people = oracle.federation([8, 13, 6], 19, 4)
+    plan = private_plan(people, dataclasses.replace(PLAIN, batch_size=100, learning_rate=50.0))
+    features = people.features.copy()
+    features[people.train.of(1)[2]] = 3e38
+    found = train_private(dataclasses.replace(people, features=features), HEAD, plan)
+    assert all(np.isfinite(tensor).all() for tensor in found.tensors.values())
+
+
 # What is promised --------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.tasks import do_task
 from fedtl.errors import InputError
 from fedtl.plans import RING, Compression, Personal, Protection, RoundPlan, Statistics, misfit
+from fedtl.privacy.noise import seeded
 from fedtl.privacy.ring import scale_for, to_signed, to_values
 from fedtl.types import ClientUpdates, Head, LocalTraining, Population, Rows
 
@@ -156,10 +157,31 @@ def test_who_is_too_large_or_not_finite_fails_alone(population: Population) -> N
     kept = do_task(population, HEAD, plan_of(protection=ring()))
     assert np.array_equal(whole.tensors[RING], kept.tensors[RING][[0, 2, 4]])
     # without a ring it is for the server to refuse
-    for asked in (Protection(clip=1.0), Protection(clip=1.0, noise=0.1)):
-        sent = do_task(bad, HEAD, plan_of(protection=asked))
-        finite = np.isfinite(flat(sent)).all(axis=1)
-        assert finite.tolist() == [True, True, True, False, True]
+    sent = do_task(bad, HEAD, plan_of(protection=Protection(clip=1.0)))
+    finite = np.isfinite(flat(sent)).all(axis=1)
+    assert finite.tolist() == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize("bits", [0, 32])
+def test_beside_noise_nothing_tells_that_an_update_is_not_finite(
+    bits: int, population: Population
+) -> None:
+    """It counts as 0, and what is sent is the noise."""
+    features = population.features.copy()
+    features[population.train.of(3)] = np.nan
+    bad = replace(population, features=features)
+    asked = ring(clip=1.0, noise=0.1) if bits else Protection(clip=1.0, noise=0.1)
+    sent = do_task(bad, HEAD, plan_of(protection=asked))
+    assert sent.clients.tolist() == [0, 1, 2, 3, 4]
+    assert not sent.failures
+    plan = plan_of(protection=asked)
+    assert plan.noise_keys is not None
+    noise = 0.1 * seeded(int(plan.noise_keys[3])).normal(SIZE)
+    if bits:
+        got = to_signed(sent.tensors[RING][3], 32)
+        assert np.array_equal(got, np.rint(noise * asked.scale))
+    else:
+        np.testing.assert_allclose(flat(sent)[3], noise, atol=1e-6)
 
 
 def test_packed_before_the_ring_and_clipped_again_after(

@@ -143,6 +143,8 @@ def test_without_a_finite_optimum_there_is_no_distance(
     pooled = judge_pooled(judge, zeros(population), weight_decay=0.1)
     pooled.facts["converged"] = False
     assert from_optimum(judge, zeros(population), pooled, 0.1)["optimum_distance"] is None
+    overflowed = replace(pooled, facts={**pooled.facts, "train_loss": None})
+    assert from_optimum(judge, zeros(population), overflowed, 0.1)["excess_loss"] is None
 
 
 def test_an_optimum_of_zeros_has_no_distance_in_units_of_itself(

@@ -311,6 +311,36 @@ def test_promise_and_attack_stand_on_one_card(made: Path, tmp_path: Path) -> Non
     assert "coins of the cohorts" in page
 
 
+def test_noise_at_the_server_bounds_nothing_for_the_server(made: Path, tmp_path: Path) -> None:
+    run = private_run(made, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    open_sums = {**PROMISE, "noise_at": "server", "secure_aggregation": None}
+    (run / "summary.json").write_text(json.dumps({**summary, "privacy": open_sums}))
+    found = privacy(read_run(run))
+    assert "without a limit" in " ".join(found["could"])
+    assert "epsilon" not in " ".join(found["could_not"])
+    assert found["card"]["upper"] == "2.5"  # for whoever sees the model
+
+
+def test_what_is_sent_is_what_the_answer_holds(made: Path, tmp_path: Path) -> None:
+    found = privacy(read_run(private_run(made, tmp_path / "run")))
+    assert "told without noise" in " ".join(found["sent"])
+    assert "mean loss" in " ".join(found["sent"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary["privacy"]["leaves"] = [{"tensor": "ring.values", "shape": [9], "dtype": "uint32"}]
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert "loss" not in " ".join(privacy(read_run(tmp_path / "run"))["sent"])
+
+
+def test_a_bound_of_zero_proves_nothing(made: Path, tmp_path: Path) -> None:
+    lower = {**AUDIT["lower"], "epsilon": 0.0, "note": "with 9 pairs no more than 1"}  # type: ignore[dict-item]
+    found = privacy(read_run(private_run(made, tmp_path / "run", lower=lower)))["card"]
+    assert "proved nothing" in found["lower_words"]
+    assert "confidence" not in found["lower_words"]
+    assert "92.4 of 100" in found["odds"]  # e^2.5 / (1 + e^2.5)
+    assert "with 9 pairs" in run_page(read_run(tmp_path / "run"))
+
+
 def test_more_found_than_promised_is_shouted(made: Path, tmp_path: Path) -> None:
     lower = {**AUDIT["lower"], "epsilon": 3.0}  # type: ignore[dict-item]
     page = run_page(read_run(private_run(made, tmp_path / "run", lower=lower)))

@@ -48,6 +48,9 @@ def test_noise_on_the_command_line_replaces_the_files_epsilon(tmp_path: Path) ->
     none = load_scenario(path, ["privacy.mechanism=none"]).privacy
     assert (none.mechanism, none.epsilon) == ("none", None)
     assert load_scenario(path, ["evaluation.references=[]"]).privacy.epsilon == 8
+    for both in (["epsilon=4", "noise_multiplier=0"], ["noise_multiplier=0", "epsilon=4"]):
+        with pytest.raises(ScenarioError, match="epsilon = 4 and noise_multiplier = 0"):
+            load_scenario(path, [f"privacy.{one}" for one in both])
 
 
 def test_the_schema_for_editors_is_up_to_date() -> None:

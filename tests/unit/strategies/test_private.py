@@ -312,6 +312,15 @@ def plan_of(count: int) -> RoundPlan:
     return RoundPlan(1, ids, ids.astype(np.uint64), LocalTraining(1, 8, 0.1))
 
 
+class _Ones:
+    """Noise of 1 everywhere, to be measured."""
+
+    source, id = "test", "ones"
+
+    def normal(self, size: int) -> np.ndarray:
+        return np.ones(size)
+
+
 class TestSecureSums:
     RING = SecureRing(8.0, 0.67, masked=False)
 
@@ -333,7 +342,9 @@ class TestSecureSums:
         assert self.RING.least(asked) == least
         assert plan.protection is not None
         assert plan.protection.clip == 0.4
-        assert plan.protection.noise**2 * least == pytest.approx((1.5 * 0.4) ** 2)
+        # as much in all for any number asked, or it would tell how many there are
+        assert plan.protection.noise**2 * asked == pytest.approx((1.5 * 0.4) ** 2 / 0.67)
+        assert plan.protection.noise**2 * least >= (1.5 * 0.4) ** 2 - 1e-12
         assert plan.weights is None
         assert plan.protection.scale * (0.4 + 12 * plan.protection.noise) <= plan.protection.limit
 
@@ -343,14 +354,46 @@ class TestSecureSums:
         state = plain.step_sum(plain.init(HEAD, 4), total, 1.5, plan_of(4))
         np.testing.assert_allclose(delta_of(state), 0.4, atol=1e-7)
         noised = Private(FedAvg(), central(multiplier=1.0), self.RING).with_noise(seeded(1))
-        state = noised.step_sum(noised.init(HEAD, 4), total, 3.0, plan_of(4))
+        state = noised.step_sum(noised.init(HEAD, 4), total, 3.0, plan_of(3))
         np.testing.assert_allclose(delta_of(state), 0.15, atol=1e-7)  # the noise is in the sum
 
     def test_where_nobody_is_asked_the_server_adds_the_noise(self) -> None:
         strategy = Private(FedAvg(), central(multiplier=2.0), self.RING).with_noise(seeded(3))
         total = {n: np.zeros(t.shape) for n, t in HEAD.items()}
         state = strategy.step_sum(strategy.init(HEAD, 4), total, 0.0, plan_of(0))
-        np.testing.assert_allclose(delta_of(state), seeded(3).normal(SIZE) * 0.5, atol=1e-6)
+        wanted = seeded(3).normal(SIZE) * 0.5 / 0.67**0.5
+        np.testing.assert_allclose(delta_of(state), wanted, atol=1e-6)
+
+    def test_nothing_about_the_sum_tells_how_many_were_asked(self) -> None:
+        """Neither the deviation of the noise, with and without dropouts, nor the grid."""
+        strategy = Private(
+            FedAvg(), central(multiplier=1.5, clip=0.4), replace(self.RING, population=9)
+        )
+        scales = set()
+        for asked in range(10):
+            plan = strategy.plan(strategy.init(HEAD, 9), plan_of(asked))
+            assert plan.protection is not None
+            scales.add(plan.protection.scale)
+            for survivors in range(self.RING.least(asked) if asked else 0, asked + 1):
+                ones = replace(strategy, noise=_Ones())
+                zeros = {n: np.zeros(t.shape) for n, t in HEAD.items()}
+                state = ones.step_sum(ones.init(HEAD, 9), zeros, float(survivors), plan)
+                added = delta_of(state)[0] * central().denominator
+                variance = survivors * plan.protection.noise**2 + added**2
+                assert variance == pytest.approx((1.5 * 0.4) ** 2 / 0.67, rel=1e-5)
+        assert len(scales) == 1
+
+    def test_the_servers_noise_is_on_the_grid_of_the_sum(self) -> None:
+        own = replace(central(multiplier=1.5, clip=0.4), denominator=1.0)
+        strategy = Private(FedAvg(), own, SecureRing(8.0, 0.67, False, population=200_000))
+        plan = strategy.plan(strategy.init(HEAD, 9), plan_of(0))
+        zeros = {n: np.zeros(t.shape) for n, t in HEAD.items()}
+        noised = strategy.with_noise(seeded(3))
+        moved = delta_of(noised.step_sum(strategy.init(HEAD, 9), zeros, 0.0, plan))
+        assert plan.protection is not None
+        steps = moved.astype(np.float64) * plan.protection.scale
+        assert np.abs(steps).max() > 100
+        np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)
 
     def test_statistics_are_summed_in_the_wide_ring_without_weights(self) -> None:
         strategy = Private(STRATEGIES["fed3r"](), ring=replace(self.RING, weights=np.ones(5)))

@@ -487,7 +487,7 @@ def test_the_least_share_of_noise_is_that_of_the_largest_cohort(
     federation = federation_of(site, gathering, engine)
     assert federation.promise is not None
     told = settlement(federation.promise, federation.strategy)
-    assert told["client_noise"] == pytest.approx(1.0 / sqrt(2))  # 0.6 of 3 are 2
+    assert told["client_noise"] == pytest.approx(1.0 / sqrt(0.6 * 3))
     state = federation.strategy.init(federation.head, 3)
     step = plan_round(site.scenario, 3, federation.strategy, state, 1, seeded_noise=False)
     assert step.protection is not None
