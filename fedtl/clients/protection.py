@@ -116,7 +116,7 @@ def _in_ring(
             try:
                 values[i] = quantise(row, asked.scale, asked.limit, asked.ring_bits)
             except Beyond as error:
-                why[i] = f"of its answer {error.what}"
+                why[i] = f"its answer has {error.what}"
 
     run_blocks(work, count, threads=threads)
     failed = why != ""

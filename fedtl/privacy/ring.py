@@ -83,9 +83,9 @@ def quantise(values: npt.ArrayLike, scale: float, limit: int, bits: int) -> Ring
     largest = float(np.abs(scaled).max(initial=0.0))
     if not largest <= limit:  # also where one is no number
         if not np.isfinite(values).all():
-            raise Beyond("an entry is not finite")
+            raise Beyond("an entry that is not finite")
         raise Beyond(
-            "an entry is too large for the secure sum",
+            "an entry too large for the secure sum (privacy.value_range)",
             allowed=f"up to {limit / scale:g}",
             do="Raise privacy.value_range, or train more gently",
         )

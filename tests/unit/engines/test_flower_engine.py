@@ -137,7 +137,9 @@ def test_a_client_that_fails_alone_costs_its_nodes_other_clients_nothing(populat
     (local,) = LocalEngine(wild, 1).run_clients(step, HEAD)
     assert updates.clients.tolist() == local.clients.tolist() == [0, 1, 3]
     np.testing.assert_array_equal(updates.tensors[RING], local.tensors[RING])
-    assert missing == {4: "of its answer an entry is too large for the secure sum"}
+    assert missing == {
+        4: "its answer has an entry too large for the secure sum (privacy.value_range)"
+    }
     assert missing == {one.client: one.reason for one in local.failures}
 
 

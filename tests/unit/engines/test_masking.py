@@ -370,5 +370,7 @@ def test_who_has_an_entry_beyond_the_ring_says_so_and_nothing_else(wires, popula
     with pytest.raises(SecureAbort):
         summed(engine_of(wires, population), step)
     facts, tensors = unpack(wires[12].said[-1], 10**7)
-    assert facts["failed"] == [[2, "of its answer an entry is too large for the secure sum"]]
+    assert facts["failed"] == [
+        [2, "its answer has an entry too large for the secure sum (privacy.value_range)"]
+    ]
     assert tensors["head.ring.values"].shape == (0, 30)
