@@ -15,7 +15,9 @@ sigma sqrt(2 W). A is projected onto the positive semidefinite matrices (negativ
 0) and gets lambda I: a ridge at which no direction is weighed by what the noise alone made of it.
 Without, the head is that of a matrix with eigenvalues near 0 that mean nothing. FedLDA's covariance
 is repaired in place of A: class means of few rows, mostly noise, would make it indefinite again.
-Counts become whole and at least 0; a class that has none is absent, as in any closed form.
+Counts become whole and at least 0; a class that has none is absent, as in any closed form. With a
+bias they are at least 1 under noise: the bias of rows shortened to a tenth or less says next to
+nothing of how many there are, and which classes there are is public.
 
 In a plain federation the server sees each client's statistics, adds them up and keeps none: the
 promise is towards everybody else. In a secure sum clients shorten their answers themselves and each
@@ -159,8 +161,10 @@ class PrivateRelease(OneShot):
         by_class = sums["sums"]
         scales = row_scales(asked, by_class.shape[1], self._row_unit(state))
         held = by_class[:, -1] / scales[-1] if asked.bias else sums["counts"]
-        # up, or a class of shortened rows, each less than one, might be lost
-        counts = np.maximum(0, np.ceil(held - WHOLE)).astype(np.int64)
+        # Up, or a class of shortened rows, each less than one, might be lost; and a class that is
+        # known to be there is not lost to noise where its count is only that of a bias.
+        least = int(asked.bias and deviation > 0)
+        counts = np.maximum(least, np.ceil(held - WHOLE)).astype(np.int64)
         out = {"counts": counts, "sums": by_class / scales}
         if asked.gram:
             gram = unpack_symmetric(sums["gram"])

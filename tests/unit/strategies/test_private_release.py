@@ -172,7 +172,7 @@ def test_what_is_kept_is_what_was_released(inner, unit, monkeypatch) -> None:
         found = pack_symmetric(unpack_symmetric(kept["gram"]) * np.outer(scales, scales))
         assert found == pytest.approx(drawn["gram"], rel=1e-8, abs=1e-8)
     whole = drawn["sums"][:, -1] / BIAS if inner.asked().bias else drawn["counts"]
-    assert (kept["counts"] == np.maximum(0, np.ceil(whole))).all()
+    assert (kept["counts"] == np.maximum(int(inner.asked().bias), np.ceil(whole))).all()
     assert kept["counts"].dtype == np.int64
     assert not hasattr(strategy, "keep_statistics")
 
@@ -200,6 +200,16 @@ def test_a_class_that_noise_takes_to_nothing_is_absent() -> None:
     head = strategy.solve(state)
     assert head.slots["counts"][2] == 0
     assert head.head["bias"][2] == np.float32(ABSENT)
+
+
+def test_a_class_whose_count_is_only_a_biass_is_not_lost_to_noise() -> None:
+    population = people()
+    strategy = release(Fed3R(), 1.0, 4.0)
+    state = summed(strategy, population)
+    state.slots["sums"][2, -1] = -50.0  # rows far beyond the clip have next to no bias
+    head = strategy.solve(state)
+    assert head.slots["counts"][2] == 1
+    assert head.head["bias"][2] > ABSENT
 
 
 def test_there_is_one_release() -> None:
