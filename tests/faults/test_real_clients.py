@@ -174,13 +174,18 @@ def test_8_a_killed_client_is_missed_and_comes_back(
     )  # fmt: skip
     assert lost.returncode == 0, lost.stderr
     assert json.loads(lost.stdout)["num_clients"] == 1
+    out = place / f"{NAMES[1]}.out"
+    said = out.stat().st_size
     clients[1] = start(place, NAMES[1])
+    end = time.monotonic() + 60
+    while out.stat().st_size == said:  # then it is ready for signals too
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_9_too_few_clients_stop_the_run_and_it_can_go_on(
     call: Call, place: Path, simulated: str, clients: list[subprocess.Popen[bytes]]
 ) -> None:
-    time.sleep(3)  # the one that was just started is ready for signals
     for process in clients:
         process.send_signal(signal.SIGTERM)
     assert [process.wait(30) for process in clients] == [143, 143]
