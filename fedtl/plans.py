@@ -5,7 +5,7 @@ Axes as in ``types``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Any, Literal
@@ -214,6 +214,11 @@ class RoundPlan:
             noise_keys=None if self.noise_keys is None else self.noise_keys[places],
             weights=None if self.weights is None else self.weights[places],
         )
+
+    def waves(self, at_a_time: int) -> Iterator[RoundPlan]:
+        """The plan in parts of so many clients, in their order."""
+        for first in range(0, len(self.clients), at_a_time):
+            yield self.part(np.arange(first, min(first + at_a_time, len(self.clients))))
 
     def without(self, clients: Int64) -> RoundPlan:
         """The plan for all its clients but the given ones."""

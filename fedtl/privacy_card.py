@@ -12,6 +12,7 @@ from fedtl.plans import RoundPlan
 from fedtl.privacy.ledger import LEDGER, Ledger
 from fedtl.privacy.noise import SEEDED, SYSTEM
 from fedtl.privacy.promise import Promise
+from fedtl.privacy.secure_graph import asked_neighbours
 from fedtl.rounds import Federation
 from fedtl.scenario.privacy import unit_of
 from fedtl.scenario.schema import Scenario
@@ -176,13 +177,9 @@ def _secure(federation: Federation, plan: RoundPlan, progress: Progress) -> dict
     if ring is None or federation.secure is None or plan.protection is None:
         return None
     asked = len(plan.clients)
-    neighbours, threshold = None, ring.least(asked)
+    neighbours, threshold = asked_neighbours(section, asked), ring.least(asked)
     if section.secure_aggregation == "secagg":
         neighbours, threshold = max(0, asked - 1), max(threshold, asked // 2 + 1)
-    elif section.secure_aggregation == "secagg_plus":
-        from fedtl.privacy.secure_graph import neighbours_for
-
-        neighbours = section.neighbours or neighbours_for(asked)
     return {
         "protocol": section.secure_aggregation,
         "threshold": threshold,

@@ -100,8 +100,7 @@ def train_round(
     at_a_time = _at_a_time(federation, plan, state.head)
     everybody = plan.up_bytes(state.head) * federation.roster.num_clients
     keeps = getattr(strategy, "keep_statistics", False) and everybody <= KEPT_BYTES
-    for first in range(0, len(plan.clients), at_a_time):
-        wave = plan.part(np.arange(first, min(first + at_a_time, len(plan.clients))))
+    for wave in plan.waves(at_a_time):
         updates, _ = _answers(federation, wave, state.head, whole=False)
         if len(updates.clients):
             summed = strategy.absorb(summed, updates)

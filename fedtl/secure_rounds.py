@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fedtl.plans import RING, RoundPlan
 from fedtl.privacy.ring import Ring, to_values
+from fedtl.privacy.secure_graph import asked_neighbours
 from fedtl.privacy.secure_sum import PlainSum, SecureAbort, SecureSum
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import secure_ring
@@ -67,8 +68,7 @@ def sum_in_secret(
         agreed = secure.begin()
         parts.append(_silent(plan, np.setdiff1d(plan.clients, agreed), secure.failures))
         here = plan.part(np.isin(plan.clients, agreed))
-        for first in range(0, len(here.clients), at_a_time):
-            wave = here.part(np.arange(first, min(first + at_a_time, len(here.clients))))
+        for wave in here.waves(at_a_time):
             updates = answers(wave)
             if len(updates.clients):
                 secure.add(updates.clients, updates.tensors[RING])
@@ -162,12 +162,9 @@ def simulated_sums(
         clients, least = plan.clients, ring.least(len(plan.clients))
         if not plan.protection.masked:
             return PlainSum(clients, least, size, bits)
-        from fedtl.privacy.secure_graph import neighbours_for
         from fedtl.privacy.secure_simulation import SimulatedSum
 
-        neighbours = None
-        if section.secure_aggregation == "secagg_plus":
-            neighbours = section.neighbours or neighbours_for(len(clients))
+        neighbours = asked_neighbours(section, len(clients))
         return SimulatedSum(
             clients, least, neighbours, bits,
             size=size, run=scenario.hash(), round=plan.round, seed=scenario.seed,

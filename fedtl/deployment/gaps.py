@@ -121,9 +121,8 @@ def collect_statistics(
     sums: list[Sums] = []
     clients: list[int] = []
     missing: dict[str, str] = {}
-    for first in range(0, len(names), at_a_time):
+    for wave in question.waves(at_a_time):
         check()
-        wave = question.part(everybody[first : first + at_a_time])
         replies = engine.run_clients(wave, head)
         updates, _ = accept_updates(
             replies, wave, head, roster.train, scenario.validation.max_norm_ratio

@@ -13,7 +13,7 @@ from typing import Any
 from fedtl.engines.masking import CarriedSum, Carrying
 from fedtl.plans import RoundPlan
 from fedtl.privacy.promise import Promise, make_promise
-from fedtl.privacy.secure_graph import neighbours_for
+from fedtl.privacy.secure_graph import asked_neighbours
 from fedtl.privacy.secure_sum import SecureSum
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import secure_ring
@@ -90,14 +90,12 @@ def carried_sums(
 
     def make(plan: RoundPlan, head: Head) -> SecureSum:
         asked = len(plan.clients)
-        few = section.secure_aggregation == "secagg_plus"
-        neighbours = (section.neighbours or neighbours_for(asked)) if few else None
         return CarriedSum(
             engine,
             plan,
             head,
             ring.least(asked),
-            neighbours,
+            asked_neighbours(section, asked),
             run=run,
             tell=lambda client, what: tell(plan.round, client, what),
         )

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from math import comb
 
+from fedtl.scenario.privacy import Privacy
+
 Graph = Mapping[int, frozenset[int]]
 """The neighbours of each client, without itself."""
 
@@ -41,6 +43,13 @@ def neighbours_for(num_clients: int, dropouts: float = DROPOUTS, failure: float 
         if num_clients * lost <= failure:
             return degree
     return max(0, num_clients - 1)
+
+
+def asked_neighbours(section: Privacy, asked: int) -> int | None:
+    """With how many others each of a round's clients shares masks; None: with all of them."""
+    if section.secure_aggregation != "secagg_plus":
+        return None
+    return section.neighbours or neighbours_for(asked)
 
 
 def shares_needed(holders: int) -> int:
