@@ -29,6 +29,9 @@ from fedtl.engines.flower_processes import free_port
 SETTLING_SECONDS = 0.4
 """In which the server has dealt with a request whose answer is going to be lost."""
 
+SETTLED_SECONDS = 0.02
+"""In which an event loop has done all that is ready to be done."""
+
 WIDTH = 1000
 """Features: wide enough that an update can be told from other requests by its size."""
 
@@ -54,7 +57,7 @@ class Cable:
         self.server, self._host, self.port = port, host, free_port()
         self.whole, self.lost = True, 0
         self._losing = self._at_least = 0
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._closed = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -69,26 +72,30 @@ class Cable:
         self._at_least, self._losing = at_least, answers
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join(5)
+        assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
         tasks: set[asyncio.Task[None]] = set()
 
         def connected(inner: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
-            tasks.add(task := self._loop.create_task(self._carry(inner, out)))
-            task.add_done_callback(tasks.discard)
+            tasks.add(asyncio.create_task(self._carry(inner, out)))
 
-        start = asyncio.start_server(connected, self._host, self.port)
-        server = self._loop.run_until_complete(start)
-        self._loop.run_forever()
+        server = await asyncio.start_server(connected, self._host, self.port)
+        await self._closed.wait()
+        for listening in server.sockets:  # a closed server leaves what it has just accepted open
+            self._loop.remove_reader(listening.fileno())
+        await asyncio.sleep(SETTLED_SECONDS)
         server.close()
-        left = [*tasks]
-        for task in left:
+        for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self._loop.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(SETTLED_SECONDS)  # what was aborted is closed in a later turn
 
     async def _carry(self, inner: asyncio.StreamReader, out: asyncio.StreamWriter) -> None:
         dead, asked, spoken, dropping = False, 0, 0, False
