@@ -17,11 +17,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.clients.statistics import statistics
 from fedtl.plans import RoundPlan
 from fedtl.privacy.accounting import Release, noise_for
 from fedtl.privacy.noise import seeded
+from fedtl.ready_features import make_features
 from fedtl.scenario.load import load_scenario
 from fedtl.strategies import private_release
 from fedtl.strategies.closed_form import Fed3R

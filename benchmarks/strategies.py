@@ -27,9 +27,10 @@ from safetensors.numpy import load_file
 from scipy.special import logsumexp
 
 from fedtl import machine
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.errors import FedtlError
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import make_features
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.load import load_scenario
 from fedtl.scenario.schema import Scenario

@@ -32,9 +32,10 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from fedtl import seeding
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.data.clients import stratified_test
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import make_features
 from fedtl.scenario import schema
 from fedtl.scenario.load import load_scenario, with_seed
 from fedtl.scenario.schema import Scenario

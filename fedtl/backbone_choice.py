@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from fedtl.build import OpenedData, allowed_threads, open_data
+from fedtl.build import open_data
 from fedtl.errors import EnvironmentFault, InputError, unknown_name
 from fedtl.evaluation.client_sums import ClientSums
 from fedtl.evaluation.gaps import from_statistics
 from fedtl.evaluation.quick_head import Sample, accuracy, draw_sample, quick_answers
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import OpenedData, allowed_threads
 from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario import schema
 from fedtl.scenario.schema import Scenario

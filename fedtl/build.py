@@ -7,24 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from fedtl import machine
 from fedtl.clients.adversarial import domain_numbers
 from fedtl.clients.alignment import align
 from fedtl.clients.attacks import poison
 from fedtl.clients.personal_store import PersonalStore
-from fedtl.data.clients import ClientSplit, split_clients
-from fedtl.data.examples import Examples, Images
-from fedtl.data.leakage import LeakReport, check_leaks, content_hashes, find_leaks
-from fedtl.data.partitions import assign_clients
-from fedtl.data.shifts import shifted, unshifted
+from fedtl.data.clients import ClientSplit
+from fedtl.data.examples import Examples
+from fedtl.data.leakage import LeakReport, check_leaks, find_leaks
+from fedtl.data.shifts import shifted
 from fedtl.data.sources import load_examples
 from fedtl.data.split_files import with_split_file
 from fedtl.engines import Engine, LocalEngine
@@ -33,25 +28,22 @@ from fedtl.evaluation.label_skew import check_label_skew
 from fedtl.planning import liars_of
 from fedtl.privacy.canaries import canary_notes, plant
 from fedtl.privacy.promise import make_promise
+from fedtl.ready_features import (
+    ExtractionProgress,
+    OpenedData,
+    ReadyFeatures,
+    allowed_threads,
+    dealt,
+    make_features,
+)
 from fedtl.rounds import Federation
 from fedtl.scenario.compatibility import UPDATE_ATTACKS, check_cohort
 from fedtl.scenario.schema import Scenario
 from fedtl.secure_rounds import simulated_sums
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.adversarial import Adversarial
-from fedtl.transfer.backbones import Backbone, open_backbone
-from fedtl.transfer.entries import stored_as
-from fedtl.transfer.features import FeatureStore
-from fedtl.transfer.heads import initial_head
-from fedtl.transfer.matching import match_examples
-from fedtl.transfer.pipeline import hash_pixels
+from fedtl.transfer.tails import first_head, open_network
 from fedtl.types import Int64, Population
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-ExtractionProgress = Callable[[int, int], None]
-"""Called with images done and images in all."""
 
 
 def _local(scenario: Scenario, population: Population, store: PersonalStore | None) -> Engine:
@@ -95,29 +87,6 @@ def _workers(scenario: Scenario) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class OpenedData:
-    """A scenario's data before the trunk has seen them."""
-
-    scenario: Scenario
-    examples: Examples
-    split: ClientSplit
-    backbone: Backbone
-
-
-@dataclass(frozen=True)
-class ReadyFeatures:
-    """Features of all examples in use, and what is worth telling about them."""
-
-    matrix: npt.NDArray[np.floating[Any]]
-    content: npt.NDArray[np.uint8]
-    examples: Examples
-    split: ClientSplit
-    facts: Mapping[str, Any]
-    seconds: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Built:
     """A federation ready to run, with what was found on the way.
 
@@ -129,11 +98,6 @@ class Built:
     population: Population
     leaks: LeakReport
     features: ReadyFeatures
-
-
-def allowed_threads(scenario: Scenario) -> int:
-    """Threads to use: what the scenario asks for, else all cores the machine allows."""
-    return scenario.engine.threads or machine.allowed_cores()
 
 
 def resolve_device(scenario: Scenario) -> str:
@@ -163,22 +127,25 @@ def open_data(scenario: Scenario) -> OpenedData:
 
 def open_examples(scenario: Scenario, examples: Examples) -> OpenedData:
     """The same for examples that are here already."""
-    if examples.features is not None and scenario.backbone.name != "identity":
+    backbone, tail = open_network(scenario.backbone, scenario.transfer, scenario.seed)
+    if examples.kind != backbone.takes:
         raise InputError(
-            "the data are features already, and a backbone takes images",
+            f"the data are {KINDS[examples.kind]}, and this backbone takes {KINDS[backbone.takes]}",
             where="backbone.name",
             got=repr(scenario.backbone.name),
-            allowed='"identity"',
-            do='Set backbone.name = "identity", or give x as uint8 images',
+            allowed=FITTING[examples.kind],
+            do=f"Set backbone.name = {FITTING[examples.kind].split(', ')[0]}",
         )
-    if examples.images is not None and scenario.backbone.name == "identity":
-        raise InputError(
-            '"identity" takes ready features, and the data are images',
-            where="backbone.name",
-            do='Use a pretrained backbone, e.g. "efficientnet_lite0", or give x as floats [n, d]',
-        )
-    backbone = open_backbone(scenario.backbone, scenario.seed)
-    return OpenedData(scenario, *deal(scenario, examples), backbone)
+    return OpenedData(scenario, *deal(scenario, examples), backbone, tail)
+
+
+KINDS = {"images": "images", "texts": "texts", "rows": "rows of numbers"}
+FITTING = {
+    "images": '"efficientnet_lite0", any torchvision model, "timm", "onnx", "hub", "module"',
+    "texts": '"hf"',
+    "rows": '"identity", "fourier", "forest", "windows"',
+}
+"""What examples are called, and the backbones that take them."""
 
 
 def deal(scenario: Scenario, examples: Examples) -> tuple[Examples, ClientSplit]:
@@ -189,21 +156,8 @@ def deal(scenario: Scenario, examples: Examples) -> tuple[Examples, ClientSplit]
     """
     if scenario.clients.split_file is not None:
         examples = with_split_file(examples, Path(scenario.clients.split_file))
-    split = _deal(scenario, examples)
+    split = dealt(scenario, examples)
     return shifted(examples, split, scenario.shift, scenario.seed), split
-
-
-def _deal(scenario: Scenario, examples: Examples) -> ClientSplit:
-    assignment = assign_clients(examples, scenario.clients, scenario.seed)
-    return split_clients(
-        assignment, examples, scenario.clients, scenario.data.test_fraction, scenario.seed
-    )
-
-
-def without(opened: OpenedData, keep: Int64) -> OpenedData:
-    """The data with only the rows ``keep``, dealt anew: the others could not be decoded."""
-    examples = opened.examples.subset(keep)
-    return replace(opened, examples=examples, split=_deal(opened.scenario, examples))
 
 
 def check_strategy(opened: OpenedData) -> None:
@@ -227,56 +181,6 @@ def check_strategy(opened: OpenedData) -> None:
     )
 
 
-def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
-    """Every example's features: from the store, through the trunk, or as they came."""
-    scenario, examples, section = opened.scenario, opened.examples, opened.scenario.backbone
-    if examples.images is None:
-        matrix = stored_as(np.asarray(examples.features), section.feature_dtype)
-        facts = {"cached": True, "way": "identity", "num_bytes": int(matrix.nbytes)}
-        content = content_hashes(np.asarray(examples.features))
-        return ReadyFeatures(matrix, content, examples, opened.split, facts, 0.0, examples.notes)
-    threads, matches = allowed_threads(scenario), scenario.adaptation.input == "match"
-    if matches:
-        preprocessing = opened.backbone.preprocessing
-        examples = match_examples(examples, opened.split, preprocessing, scenario.seed, threads)
-    assert examples.images is not None
-    stored = FeatureStore().features(
-        opened.backbone,
-        examples.images,
-        examples.fingerprint,
-        dtype=section.feature_dtype,
-        way=section.extraction,
-        device=scenario.engine.device,
-        on_bad_file=scenario.data.on_bad_file,
-        threads=threads,
-        progress=progress,
-    )
-    if len(stored.kept) < len(examples):
-        opened = without(opened, stored.kept)
-        if matches:  # dealt anew, an image may have another client, and so another map
-            return make_features(_noted(opened, stored.notes), progress)
-        examples = opened.examples
-    split = opened.split
-    facts = {"cached": stored.cached, "way": stored.way, "num_bytes": stored.num_bytes}
-    notes = (*examples.notes, *stored.notes)
-    content = stored.content
-    if scenario.shift.kinds or matches:  # which hides copies of an image from each other
-        assert examples.images is not None
-        content = _content(unshifted(examples.images), threads)
-    return ReadyFeatures(stored.matrix, content, examples, split, facts, stored.seconds, notes)
-
-
-def _noted(opened: OpenedData, notes: tuple[str, ...]) -> OpenedData:
-    examples = replace(opened.examples, notes=(*opened.examples.notes, *notes))
-    return replace(opened, examples=examples)
-
-
-def _content(images: Images, threads: int) -> npt.NDArray[np.uint8]:
-    with ThreadPoolExecutor(threads) as pool:
-        hashes = pool.map(lambda i: hash_pixels(images.load(i)), range(len(images)))
-        return np.stack(list(hashes))
-
-
 def population_of(features: ReadyFeatures) -> Population:
     """Who holds which features."""
     examples, split = features.examples, features.split
@@ -288,6 +192,7 @@ def population_of(features: ReadyFeatures) -> Population:
         split.test,
         split.names,
         split.domains,
+        features.tail,
     )
 
 
@@ -315,9 +220,7 @@ def make_federation(
     lying = liars_of(scenario, population.names)
     planted, canaries = plant(population, scenario.privacy, scenario.seed)
     poisoned = poison(planted, scenario.attack, lying, scenario.seed)
-    head = initial_head(
-        scenario.head, features.matrix.shape[1], len(examples.classes), scenario.seed
-    )
+    head = first_head(scenario, opened.tail, population.width, len(examples.classes))
     identity = {
         "scenario_hash": scenario.hash(),
         "data_fingerprint": examples.identity,

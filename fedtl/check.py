@@ -11,13 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtl.build import OpenedData, allowed_threads, check_strategy, open_data, without
+from fedtl.build import check_strategy, open_data
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
 from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
 from fedtl.data.shifts import unshifted
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import OpenedData, allowed_threads, without
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.personal import degenerate
 from fedtl.terminal import plain_table, plan_table, sentences, shown

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedtl import machine
-from fedtl.build import allowed_threads, resolve_device
+from fedtl.build import resolve_device
 from fedtl.checkpoints import Progress
 from fedtl.errors import FedtlError
 from fedtl.evaluation import columns as known
@@ -29,6 +29,7 @@ from fedtl.interrupts import Interrupts
 from fedtl.planning import personal_at_end
 from fedtl.plans import Personal
 from fedtl.privacy_card import privacy_card, privacy_notes
+from fedtl.ready_features import allowed_threads
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import keeps_statistics
 from fedtl.rounds import Federation, run_rounds

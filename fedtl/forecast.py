@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fedtl import machine
-from fedtl.build import OpenedData, allowed_threads
 from fedtl.planning import cohort_size, plan_round, scratch_rates
 from fedtl.plans import Task
 from fedtl.privacy.promise import Promise, make_promise
+from fedtl.ready_features import OpenedData, allowed_threads
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.warm_start import WarmStart

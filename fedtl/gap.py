@@ -10,19 +10,14 @@ from rich.console import Console
 
 from fedtl import input_checks
 from fedtl.backbone_choice import rank_backbones
-from fedtl.build import (
-    ExtractionProgress,
-    allowed_threads,
-    make_features,
-    open_data,
-    population_of,
-)
+from fedtl.build import open_data, population_of
 from fedtl.data.leakage import check_leaks, find_leaks
 from fedtl.evaluation import gaps
 from fedtl.evaluation.gap_words import expectation
 from fedtl.evaluation.source_classes import source_classifier
 from fedtl.gap_terminal import print_gap
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import ExtractionProgress, allowed_threads, make_features
 from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.schema import Scenario
 from fedtl.terminal import Terminal, shown

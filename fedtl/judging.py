@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedtl import seeding
-from fedtl.build import Built, allowed_threads, resolve_device
+from fedtl.build import Built, resolve_device
 from fedtl.clients.attacks import backdoor_success
 from fedtl.clients.personal_store import PersonalStore
+from fedtl.clients.training import LINEAR
 from fedtl.conduct import Judged, Outcome
 from fedtl.evaluation import references
 from fedtl.evaluation.advice import Compared
@@ -21,6 +22,7 @@ from fedtl.evaluation.ridge import fit_ridge
 from fedtl.evaluation.scratch import Order, judge_scratch
 from fedtl.planning import judged_clients, liars_of, local_training, scratch_rates
 from fedtl.plans import Personal
+from fedtl.ready_features import allowed_threads
 from fedtl.unprotected import train_unprotected
 
 RIDGE = 0.01
@@ -211,7 +213,7 @@ class _Judging:
             )
             facts["backdoor_success"] = None if np.isnan(rate) else rate
         pooled = found.get("centralised")
-        linear = scenario.head.kind == "linear" and set(head) == set(federation.head)
+        linear = set(head) == set(federation.head) == LINEAR
         linear = linear and scenario.adaptation.prior != "balanced_softmax"  # another objective
         if pooled is not None and self.whole and linear:  # only then there is one right answer
             decay = scenario.training.weight_decay

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtl import machine
-from fedtl.build import OpenedData
 from fedtl.errors import EnvironmentFault, Interrupted
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import OpenedData
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
 from fedtl.simulation import Observer, run_scenario

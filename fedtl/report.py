@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from fedtl import seeding
-from fedtl.build import OpenedData, open_data
+from fedtl.build import open_data
 from fedtl.data.examples import BadImage, Images
 from fedtl.errors import FedtlError, Interrupted
 from fedtl.forecast import stored_width
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import OpenedData
 from fedtl.results.files import write_atomic
 from fedtl.results.page import run_page
 from fedtl.results.runs import SCENARIO

@@ -10,18 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedtl import conduct
-from fedtl.build import (
-    Built,
-    OpenedData,
-    make_federation,
-    open_data,
-)
+from fedtl.build import Built, make_federation, open_data
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Prepared
 from fedtl.errors import FedtlError, InputError, Interrupted
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
 from fedtl.judging import Judging
+from fedtl.ready_features import OpenedData
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder, refuse_taken
 from fedtl.scenario.load import dump_scenario, load_scenario
 from fedtl.scenario.schema import Scenario

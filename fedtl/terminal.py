@@ -19,11 +19,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedtl.build import OpenedData
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast
 from fedtl.privacy_card import privacy_lines, privacy_words
+from fedtl.ready_features import OpenedData
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower

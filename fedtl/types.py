@@ -5,8 +5,10 @@ Axes: K clients, k clients of a cohort, N examples, B batch, D features, C class
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +26,10 @@ Head = Mapping[str, Float32]
 
 DOMAIN = "domain."
 """Before the tensors of a classifier of domains, which may travel with an MLP head in training."""
+
+
+TAIL = "tail."
+"""Before the tensors of the network between the cut and the head, where they are trained too."""
 
 
 def float32(values: Float64) -> Float32:
@@ -97,6 +103,40 @@ class Roster:
         return {"name": [self.names[i] for i in ids], "domain": [self.domains[i] for i in ids]}
 
 
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """The network between the cut and the head, as plain values that any process can build from.
+
+    Attributes:
+        recipe: JSON values from which ``transfer.tails`` makes it.
+        shape: of one example's activations at the cut; features are [N, prod(shape)].
+        width: D of what it gives the head.
+        tensors: all its tensors by name as they were before training; those that a head has too,
+            with TAIL before their name, are trained.
+        digest: hex BLAKE2b over all that; tails of the same digest are equal.
+    """
+
+    recipe: Mapping[str, Any]
+    shape: tuple[int, ...]
+    width: int
+    tensors: Mapping[str, npt.NDArray[Any]]
+    digest: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        facts = json.dumps([self.recipe, self.shape, self.width], sort_keys=True)
+        digest = hashlib.blake2b(facts.encode(), digest_size=32)
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(np.ascontiguousarray(tensor).tobytes())
+        object.__setattr__(self, "digest", digest.hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tail) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
 @dataclass(frozen=True)
 class Population:
     """All clients of a scenario over one feature matrix, without a copy per client.
@@ -108,6 +148,7 @@ class Population:
         train, test: which rows each of the K clients trains and is judged on.
         names: K client names.
         domains: K domain names, one per client ("" where the data have none).
+        tail: the network between features and head; None where the head stands on them.
     """
 
     features: npt.NDArray[np.floating]
@@ -117,6 +158,12 @@ class Population:
     test: Rows
     names: tuple[str, ...]
     domains: tuple[str, ...]
+    tail: Tail | None = None
+
+    @property
+    def width(self) -> int:
+        """D of what the head stands on."""
+        return int(self.features.shape[1]) if self.tail is None else self.tail.width
 
     @property
     def num_clients(self) -> int:
@@ -131,7 +178,7 @@ class Population:
             self.classes,
             self.train.counts,
             self.test.counts,
-            int(self.features.shape[1]),
+            self.width,
         )
 
     def client(self, client: int, split: str = "train") -> ClientData:
@@ -153,6 +200,13 @@ class LocalTraining:
     that are not trained stay as they are, bit for bit. ``prior_strength`` is balanced softmax's
     tau: the loss is that of the scores + tau log(class frequencies of the client); 0 is without.
     ``adversarial`` is the weight of the reversed domain loss, see ``clients.adversarial``.
+
+    Of the network behind the cut: ``tail_rate`` times the learning rate is its own, the gradient
+    of its tensors gains ``l2_pretrained`` * (w - w_pretrained), and tensors whose names begin with
+    one of ``still`` are not trained. ``label_smoothing``, ``mixup`` (alpha), ``dropout`` (before
+    the head's last layer), ``noise`` (on activations, in their own deviations) and
+    ``early_stopping`` (epochs without a better loss on ``validation_fraction`` of the client's
+    training examples; 0 is never) are what their names say, see ``clients.autograd``.
     """
 
     epochs: int
@@ -164,6 +218,15 @@ class LocalTraining:
     layers: Layers = "all"
     prior_strength: float = 0.0
     adversarial: float = 0.0
+    tail_rate: float = 1.0
+    l2_pretrained: float = 0.0
+    still: tuple[str, ...] = ()
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    dropout: float = 0.0
+    noise: float = 0.0
+    validation_fraction: float = 0.0
+    early_stopping: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fedtl.build import (
-    Built,
-    ExtractionProgress,
-    OpenedData,
-    allowed_threads,
-    make_federation,
-    open_data,
-)
+from fedtl.build import Built, make_federation, open_data
 from fedtl.clients.attacks import poison
 from fedtl.conduct import head_hash
 from fedtl.errors import InputError
 from fedtl.planning import liars_of, plan_round
 from fedtl.plans import RoundPlan
 from fedtl.privacy.canaries import Planted, plant
+from fedtl.ready_features import ExtractionProgress, OpenedData, allowed_threads
 from fedtl.results.runs import PARTY, SCENARIO, RunFolder
 from fedtl.rounds import Federation
 from fedtl.scenario.load import load_scenario

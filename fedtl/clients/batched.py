@@ -25,7 +25,6 @@ from fedtl.types import (
     ClientUpdates,
     Float32,
     Head,
-    Int32,
     Int64,
     LocalTraining,
     Population,
@@ -39,8 +38,6 @@ LANES = {"cpu": 8, "cuda": 64}
 needs more work per launch."""
 PIECE = 256
 """Longer batches go through in pieces of this many examples, to bound memory."""
-JUDGED = 1024
-"""Rows scored at once."""
 ALIGN = 16
 """All widths are padded to this many floats: a matrix product may add in another order when its
 operand does not start at a cache line, and lanes must not differ in that."""
@@ -79,7 +76,8 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _checked(device: str) -> str:
+def checked_device(device: str) -> str:
+    """The device. Raises EnvironmentFault for a GPU that is not there."""
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
@@ -190,7 +188,7 @@ def train_batched(
     clients, numbers = plan.clients, None
     if DOMAIN + "weight" in starts:
         numbers = domain_numbers(population.domains)
-    lanes = LANES[_checked(device).partition(":")[0]]
+    lanes = LANES[checked_device(device).partition(":")[0]]
     num = len(clients)
     out = {
         name: np.empty((num, *tensor.shape[1:]), dtype=np.float32)
@@ -330,28 +328,3 @@ def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     for name in hidden:
         x = torch.relu(torch.addmm(head[name + "bias"], x, head[name + "weight"].T))
     return torch.addmm(head[last + "bias"], x, head[last + "weight"].T)
-
-
-def judge(
-    features: npt.NDArray[np.floating[Any]], labels: Int32, rows: Int64, head: Head, device: str
-) -> tuple[float, npt.NDArray[np.bool_]]:
-    """Judge one head of any form on some rows.
-
-    Returns:
-        Summed cross-entropy in nats, and which rows are predicted right, bool [n].
-    """
-    import torch
-
-    _checked(device)
-    tensors = {name: torch.tensor(tensor, device=device) for name, tensor in head.items()}
-    loss, right = 0.0, np.zeros(len(rows), dtype=np.bool_)
-    torch.set_num_threads(1)
-    for low in range(0, len(rows), JUDGED):
-        part = rows[low : low + JUDGED]
-        x = torch.from_numpy(features[part].astype(np.float32)).to(device)
-        scores = forward(tensors, x).cpu()
-        own = torch.from_numpy(labels[part].astype(np.int64))
-        loss += float(torch.nn.functional.cross_entropy(scores.double(), own, reduction="sum"))
-        # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
-        right[low : low + JUDGED] = scores.numpy().argmax(1) == labels[part]
-    return loss, right

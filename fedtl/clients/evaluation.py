@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedtl.clients.blocks import block_rows, frozen, label_error, run_blocks
 from fedtl.clients.training import LINEAR, check_clients, check_heads
 from fedtl.errors import InputError
-from fedtl.types import ClientMetrics, Float32, Head, Int32, Int64, Population, Rows
+from fedtl.types import ClientMetrics, Float32, Head, Int32, Int64, Population, Rows, Tail
 
 Right = list[npt.NDArray[np.bool_]]
 """For each head, bool [n]: which of its rows it has right; a list that is given is added to."""
@@ -68,6 +68,7 @@ def evaluate_heads(
     threads: int = 1,
     device: str = "cpu",
     right: Right | None = None,
+    tail: Tail | None = None,
 ) -> ClientMetrics:
     """Judge M heads (name -> [M, ...]) on the same rows; ``clients`` of the result is arange(M)."""
     num_heads = len(heads["bias"])
@@ -76,7 +77,15 @@ def evaluate_heads(
             "heads of another number of classes", got=heads["bias"].shape[1], allowed=num_classes
         )
     return _judge(
-        features, labels, [rows] * num_heads, np.arange(num_heads), heads, threads, device, right
+        features,
+        labels,
+        [rows] * num_heads,
+        np.arange(num_heads),
+        heads,
+        threads,
+        device,
+        right,
+        tail,
     )
 
 
@@ -95,7 +104,15 @@ def _judge_clients(
     rows = [splits[split].of(client) for client in clients.tolist()]
     try:
         return _judge(
-            population.features, population.labels, rows, clients, heads, threads, device, right
+            population.features,
+            population.labels,
+            rows,
+            clients,
+            heads,
+            threads,
+            device,
+            right,
+            population.tail,
         )
     except _BadLabel as error:
         raise label_error(population, int(clients[error.position]), error.num_classes) from None
@@ -123,6 +140,7 @@ def _judge(
     threads: int,
     device: str,
     right: Right | None,
+    tail: Tail | None,
 ) -> ClientMetrics:
     """Head i, or the only one, on ``rows[i]``; ``heads`` are name -> [1 or k, ...]."""
     result = _nothing(clients, heads)
@@ -148,7 +166,7 @@ def _judge(
                 raise _BadLabel(first + bad, num_classes)
             _dealt(flat, asked)
     else:
-        from fedtl.clients.batched import judge
+        from fedtl.clients.networks import judge
 
         def work(first: int, stop: int) -> None:
             for i in range(first, stop):
@@ -156,7 +174,7 @@ def _judge(
                 own = labels[rows[i]]
                 if len(own) and (own.min() < 0 or own.max() >= num_classes):
                     raise _BadLabel(i, num_classes)
-                loss, found = judge(features, labels, rows[i], head, device)
+                loss, found = judge(features, labels, rows[i], head, device, tail)
                 result.loss_sum[i] = loss
                 result.count[i] = np.bincount(own, minlength=num_classes)
                 result.correct[i] = np.bincount(own[found], minlength=num_classes)

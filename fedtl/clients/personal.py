@@ -92,7 +92,7 @@ def judge_personal(
     num_classes = len(population.classes)
     abroad = evaluate_heads(
         population.features, population.labels, everyone, heads, num_classes,
-        threads=threads, device=device, right=all_right,
+        threads=threads, device=device, right=all_right, tail=population.tail,
     )  # fmt: skip
     return own, replace(abroad, clients=clients)
 

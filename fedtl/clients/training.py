@@ -80,6 +80,10 @@ def _trained(
     block_size: int | None,
 ) -> ClientUpdates:
     """Plain local training from starts [1 or k, ...]."""
+    from fedtl.clients.autograd import needs_autograd, train_autograd
+
+    if needs_autograd(starts, plan.training):
+        return train_autograd(population, starts, plan, threads=threads, device=device)
     if set(starts) == LINEAR and device == "cpu":
         return _train_linear(population, starts, plan, threads, block_size)
     from fedtl.clients.batched import train_batched
@@ -202,7 +206,7 @@ def check_heads(
     Raises:
         InputError: a head that does not fit the features, or an ``initial`` that does not fit it.
     """
-    width = population.features.shape[1]
+    width = population.width
     firsts = ("fourier.weight", "hidden.0.weight", "weight")
     first = next(head[name] for name in firsts if name in head)
     if first.ndim != 2 or first.shape[1] != width:

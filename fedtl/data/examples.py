@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtl.errors import InputError
-from fedtl.types import Float32, Int32, Int64
+from fedtl.types import Float32, Float64, Int32, Int64
+
+Kind = Literal["images", "texts", "rows"]
+"""What examples are; tables and ready features both are rows."""
 
 Pixels = npt.NDArray[np.uint8]
 """One image, [h, w, 3] RGB, 0 to 255."""
@@ -54,15 +57,56 @@ class Images(Protocol):
         ...
 
 
+class Texts(Protocol):
+    """Texts by row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> str:
+        """Text ``i``, not empty."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Text ``i`` for messages, never the text itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a table as they were read; who holds which decides how they become features.
+
+    Attributes:
+        numeric: float64 [N, n]; NaN where a value is missing.
+        numeric_names: n column names.
+        codes: int32 [N, m], into ``categories``; -1 where a value is missing.
+        categorical_names: m column names.
+        categories: for each of the m columns the values it may have.
+    """
+
+    numeric: Float64
+    numeric_names: tuple[str, ...]
+    codes: Int32
+    categorical_names: tuple[str, ...] = ()
+    categories: tuple[tuple[str, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.numeric)
+
+    def subset(self, keep: Int64) -> Table:
+        """The rows ``keep``."""
+        return dataclasses.replace(self, numeric=self.numeric[keep], codes=self.codes[keep])
+
+
 @dataclass(frozen=True)
 class Examples:
-    """What a source holds: labels, and either images or ready features.
+    """What a source holds: labels, and images, texts, rows of a table or ready features.
 
     Attributes:
         labels: int32 [N], in [0, C).
         classes: C class names; a class may have no example.
         fingerprint: hex BLAKE2b over content, labels, classes, domains, clients and split.
-        images, features: exactly one of the two; features are float32 [N, D], all finite.
+        images, features, texts, table: exactly one of the four; features are float32 [N, D], all
+            finite.
         domains: int32 [N] into ``domain_names``, or None.
         clients: natural clients, int32 [N] into ``client_names``, or None.
         is_test: the split that came with the data, bool [N], or None.
@@ -83,12 +127,15 @@ class Examples:
     is_test: npt.NDArray[np.bool_] | None = None
     notes: tuple[str, ...] = ()
     dealt: str = ""
+    texts: Texts | None = None
+    table: Table | None = None
 
     def __post_init__(self) -> None:
-        if (self.images is None) == (self.features is None):
-            raise ValueError("examples have images or features, exactly one of the two")
-        content = self.features if self.images is None else self.images
-        columns = [self.labels, content, self.domains, self.clients, self.is_test]
+        kinds = (self.images, self.features, self.texts, self.table)
+        content = [kind for kind in kinds if kind is not None]
+        if len(content) != 1:
+            raise ValueError("examples have images, features, texts or a table, exactly one")
+        columns = [self.labels, *content, self.domains, self.clients, self.is_test]
         lengths = {len(column) for column in columns if column is not None}
         if len(lengths) > 1:
             raise ValueError(f"columns of examples differ in length: {sorted(lengths)}")
@@ -101,9 +148,17 @@ class Examples:
         """Hex hash of all that decides a run: the fingerprint, and what is ``dealt`` beside it."""
         return content_hash(self.fingerprint, self.dealt) if self.dealt else self.fingerprint
 
+    @property
+    def kind(self) -> Kind:
+        """What the examples are, as a backbone's ``takes`` has it."""
+        if self.images is not None:
+            return "images"
+        return "texts" if self.texts is not None else "rows"
+
     def where(self, i: int) -> str:
         """Example ``i`` for messages."""
-        return f"row {i}" if self.images is None else self.images.where(i)
+        source = self.images or self.texts
+        return f"row {i}" if source is None else source.where(i)
 
     def subset(self, keep: Int64) -> Examples:
         """The examples ``keep``, int64 [n] in ascending order; names of classes all stay."""
@@ -116,6 +171,8 @@ class Examples:
             fingerprint=digest.hexdigest(),
             images=None if self.images is None else ChosenImages(self.images, keep),
             features=None if self.features is None else self.features[keep],
+            texts=None if self.texts is None else ChosenTexts(self.texts, keep),
+            table=None if self.table is None else self.table.subset(keep),
             domains=None if self.domains is None else self.domains[keep],
             clients=None if self.clients is None else self.clients[keep],
             is_test=None if self.is_test is None else self.is_test[keep],
@@ -138,6 +195,24 @@ class ChosenImages:
     def where(self, i: int) -> str:
         """Where the chosen image lies in the whole source."""
         return self._images.where(int(self._keep[i]))
+
+
+class ChosenTexts:
+    """Some of other texts, renumbered."""
+
+    def __init__(self, texts: Texts, keep: Int64) -> None:
+        self._texts, self._keep = texts, keep
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def __getitem__(self, i: int) -> str:
+        """Text ``i`` of the chosen ones."""
+        return self._texts[int(self._keep[i])]
+
+    def where(self, i: int) -> str:
+        """Where the chosen text stands in the whole source."""
+        return self._texts.where(int(self._keep[i]))
 
 
 class ArrayImages:

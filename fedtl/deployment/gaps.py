@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtl.build import allowed_threads
 from fedtl.deployment.federation import Federation
 from fedtl.deployment.gathering import Gathered, Gathering
 from fedtl.deployment.roll_call import RollCall
@@ -31,6 +30,7 @@ from fedtl.gap import FORMAT
 from fedtl.gap_terminal import print_gap
 from fedtl.interrupts import Interrupts
 from fedtl.plans import Protection
+from fedtl.ready_features import allowed_threads
 from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fedtl.build import allowed_threads, make_features, open_examples, population_of
+from fedtl.build import open_examples, population_of
 from fedtl.clients.alignment import align
 from fedtl.data.arrays import load_arrays
 from fedtl.data.examples import BadFiles, Examples
@@ -25,6 +25,7 @@ from fedtl.data.leakage import find_leaks
 from fedtl.deployment.backbone_transfer import IDENTITY, Announcement
 from fedtl.deployment.pledge import Pledge
 from fedtl.errors import InputError
+from fedtl.ready_features import allowed_threads, make_features
 from fedtl.scenario import schema
 from fedtl.types import Int32, Population
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 
 from fedtl.errors import EnvironmentFault, writing
-from fedtl.types import Population, Rows
+from fedtl.types import Population, Rows, Tail
 
 FACTS = "population.json"
 FEATURES = "features.npy"
+TAIL_TENSORS = "tail.safetensors"
 PREFIX, OWNER, LONGEST = "fedtl-run-", "owner", 20
 ARRAYS = ("labels", "train.index", "train.offsets", "test.index", "test.offsets")
 
@@ -87,12 +89,15 @@ def save_population(population: Population, folder: Path) -> None:
             np.save(folder / FEATURES, population.features, allow_pickle=False)
         for name, array in zip(ARRAYS, arrays, strict=True):
             np.save(folder / f"{name}.npy", array, allow_pickle=False)
-        facts = {
+        facts: dict[str, Any] = {
             "features": str(features or folder.resolve() / FEATURES),
             "classes": population.classes,
             "names": population.names,
             "domains": population.domains,
         }
+        if (tail := population.tail) is not None:
+            facts["tail"] = {"recipe": tail.recipe, "shape": tail.shape, "width": tail.width}
+            save_file(dict(tail.tensors), folder / TAIL_TENSORS)
         (folder / FACTS).write_text(json.dumps(facts))
 
 
@@ -126,6 +131,10 @@ def open_population(folder: Path) -> Population:
         labels, train_index, train_offsets, test_index, test_offsets = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS
         )
+        tail = None
+        if (told := facts.get("tail")) is not None:
+            tensors = load_file(folder / TAIL_TENSORS)
+            tail = Tail(told["recipe"], tuple(told["shape"]), told["width"], tensors)
         names, domains, classes = (tuple(facts[name]) for name in ("names", "domains", "classes"))
     except (OSError, ValueError, KeyError) as error:
         raise EnvironmentFault(
@@ -140,4 +149,5 @@ def open_population(folder: Path) -> Population:
         Rows(test_index, test_offsets),
         names,
         domains,
+        tail,
     )

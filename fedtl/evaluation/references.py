@@ -87,6 +87,7 @@ class Judge:
             threads=self.threads,
             device=self.device,
             right=right,
+            tail=self.population.tail,
         )
 
 

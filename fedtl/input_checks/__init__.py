@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedtl.build import OpenedData, ReadyFeatures
 from fedtl.input_checks import ready
 from fedtl.input_checks.findings import CHECKS, Finding, look
 from fedtl.input_checks.trials import LOOKED_AT, LOOKED_AT_EACH, TEST, TRAIN, Trials
+from fedtl.ready_features import OpenedData, ReadyFeatures
 
 __all__ = ["check_inputs", "sampling"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.build import OpenedData, ReadyFeatures
 from fedtl.data.examples import Pixels
 from fedtl.evaluation.quick_head import sample_rows
 from fedtl.input_checks.trials import LOOKED_AT, LOOKED_AT_EACH, Trial
+from fedtl.ready_features import OpenedData, ReadyFeatures
 from fedtl.transfer import pictures
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.pictures import Looks

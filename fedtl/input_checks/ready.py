@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtl.build import ReadyFeatures
 from fedtl.evaluation.quick_head import sample_rows
 from fedtl.input_checks.findings import Finding, Mask
 from fedtl.input_checks.trials import LOOKED_AT, LOOKED_AT_EACH, Matrix, Trial
+from fedtl.ready_features import ReadyFeatures
 from fedtl.types import Float64
 
 UNEVEN = 1e3

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.build import OpenedData, ReadyFeatures, population_of
+from fedtl.build import population_of
 from fedtl.clients.alignment import aligned_rows
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import Images, Pixels
 from fedtl.evaluation.quick_head import Gain, Right, draw_sample, gain_of, quick_answers
+from fedtl.ready_features import OpenedData, ReadyFeatures
 from fedtl.transfer.backbones import Backbone
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.matching import SAMPLE, match_examples

@@ -24,13 +24,14 @@ from safetensors.numpy import load_file
 from statsmodels.stats.proportion import proportion_confint  # type: ignore[import-untyped]
 
 from fedtl import simulation
-from fedtl.build import OpenedData, allowed_threads, population_of, resolve_device
+from fedtl.build import population_of, resolve_device
 from fedtl.clients.evaluation import evaluate_heads
 from fedtl.errors import InputError
 from fedtl.evaluation.quick_head import accuracy, quick_answers
 from fedtl.interrupts import Interrupts
 from fedtl.lodo.domains import Study, open_study
 from fedtl.lodo.shown import Progress, show
+from fedtl.ready_features import OpenedData, allowed_threads
 from fedtl.results.files import write_atomic
 from fedtl.results.runs import SCENARIO, SUMMARY, RunFolder
 from fedtl.scenario.load import dump_scenario, with_seed

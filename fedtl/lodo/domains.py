@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtl.build import ExtractionProgress, OpenedData, ReadyFeatures, make_features, open_data
+from fedtl.build import open_data
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import content_hash
 from fedtl.data.leakage import check_leaks, find_leaks
 from fedtl.errors import InputError
+from fedtl.ready_features import ExtractionProgress, OpenedData, ReadyFeatures, make_features
 from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtl.build import OpenedData
 from fedtl.forecast import Forecast
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import OpenedData
 from fedtl.terminal import percent, plain_table, shown
 
 

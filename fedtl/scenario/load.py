@@ -25,6 +25,8 @@ PATH_KEYS = (
     ("data", "path", r"$."),
     ("clients", "split_file", r"$."),
     ("backbone", "weights", r"default|none|[A-Z][A-Z0-9_]*"),
+    ("backbone", "path", r"$."),
+    ("evaluation", "source_path", r"$."),
 )
 """Keys that may hold a path, with a pattern of the words that are none."""
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fedtl.scenario.data import Data as Data
 from fedtl.scenario.privacy import Privacy
 from fedtl.scenario.sections import (
     AlphaOrInfinity,
@@ -25,48 +26,13 @@ from fedtl.scenario.sections import (
     OpenFraction,
     Positive,
     Section,
-    Width,
 )
 from fedtl.scenario.strategies import FedAvg, Strategy
+from fedtl.scenario.transfer import Augmentation as Augmentation
+from fedtl.scenario.transfer import Backbone as Backbone
+from fedtl.scenario.transfer import Head as Head
+from fedtl.scenario.transfer import Transfer as Transfer
 from fedtl.scenario.updates import Attack, Compression
-
-
-class Data(Section):
-    """Where the examples come from."""
-
-    source: Literal["digits", "folder", "arrays", "torchvision"] = Field(
-        "digits", description="digits is embedded; the others read from disk"
-    )
-    path: FilePath | None = Field(
-        None, description="folder, .npz or .csv file, or torchvision's root folder"
-    )
-    name: str | None = Field(None, description="torchvision data set, e.g. CIFAR10")
-    subset: Literal["train", "test", "all"] = Field(
-        "train", description="which official part of a torchvision data set is federated"
-    )
-    domains: bool = Field(False, description="folder: <domain>/<class>/<image> on disk")
-    classes: Literal["folder", "path"] = Field(
-        "folder",
-        description="folder with domains: one class for all folders of a name, or (path) for each "
-        "<domain>/<class>, as where character01 of two alphabets are two characters",
-    )
-    client_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
-        None,
-        description="folder: regular expression whose groups name the client in a file's path, "
-        r"e.g. _(\d+)\.png$ for Omniglot's drawers",
-    )
-    test_fraction: OpenFraction = Field(
-        0.2, description="of each client's examples, stratified; a given split column wins"
-    )
-    on_bad_file: Literal["stop", "skip"] = Field(
-        "stop", description="what to do with an image that cannot be decoded"
-    )
-    leakage: Literal["stop", "allow"] = Field(
-        "stop", description="what to do when the same image is in train and test or at two clients"
-    )
-    max_pixels: Count = Field(
-        50_000_000, description="an image that claims more is refused before it is decoded"
-    )
 
 
 class Clients(Section):
@@ -162,42 +128,6 @@ class Adaptation(Section):
     )
 
 
-class Backbone(Section):
-    """The frozen trunk and how its features are made and stored."""
-
-    name: str = Field(
-        "efficientnet_lite0",
-        description="efficientnet_lite0 (embedded), a torchvision model, or identity",
-    )
-    weights: str = Field(
-        "default",
-        description="default, one of torchvision's names (IMAGENET1K_V2), none (random, seeded), "
-        "or a .safetensors/.pth path",
-    )
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8,64}$")] | None = Field(
-        None, description="the weights file must have this SHA-256 (or begin with it)"
-    )
-    image_size: Annotated[int, Field(ge=8, le=2048)] | None = Field(
-        None, description="pixels; default: what the weights were trained for"
-    )
-    feature_dtype: Literal["float32", "float16"] = "float32"
-    extraction: Literal["auto", "onnx", "torch"] = Field(
-        "auto", description="which way runs the trunk; part of the feature store's key"
-    )
-
-
-class Head(Section):
-    """What is trained on the features."""
-
-    kind: Literal["linear", "mlp"] = "linear"
-    hidden: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
-        default=[128], description="mlp: widths of the hidden layers"
-    )
-    initial: Literal["zeros", "fed3r"] = Field(
-        "zeros", description="fed3r: round 1 makes a closed-form head to start from"
-    )
-
-
 class Training(Section):
     """Local training at each client in each round: mini-batch SGD."""
 
@@ -206,6 +136,26 @@ class Training(Section):
     learning_rate: Positive = 0.05
     momentum: Beta = 0.0
     weight_decay: NonNegative = 0.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of the target that is spread over all classes"
+    )
+    mixup: NonNegative = Field(
+        0.0,
+        description="alpha of the Beta distribution by which pairs of a batch are mixed where the "
+        "trainable part begins; 0 mixes nothing",
+    )
+    dropout: Beta = Field(
+        0.0, description="of what enters the head's last layer, while it is trained"
+    )
+    validation_fraction: Beta = Field(
+        0.0,
+        description="of each client's training examples, kept back to judge its own training by",
+    )
+    early_stopping: Annotated[int, Field(ge=0, le=1000)] = Field(
+        0,
+        description="local epochs without a better loss on the client's own validation part after "
+        "which it stops and goes back to its best; 0 never stops",
+    )
     schedule: Literal["constant", "cosine", "exponential"] = Field(
         "constant", description="of the learning rate over the rounds"
     )
@@ -258,6 +208,11 @@ class Evaluation(Section):
     fine_tune_epochs: Count = Field(5, description="of the reference fine_tuned")
     scratch_epochs: Count | None = Field(
         None, description="of the reference from_scratch; default rounds x local_epochs"
+    )
+    source_path: FilePath | None = Field(
+        None,
+        description="folder (<class>/<image>) or .npz of the task that the weights were trained "
+        "for: what the trained network has forgotten of it is measured there",
     )
     every: Count = Field(1, description="rounds between evaluations; the last is always judged")
     fraction: Fraction = Field(1.0, description="of the clients, judged each time (seeded)")
@@ -324,7 +279,13 @@ class Engine(Section):
     join_seconds: Positive = Field(300.0, description="real clients: how long to wait for them")
 
 
-PATHS = (("data", "path"), ("clients", "split_file"), ("backbone", "weights"))
+PATHS = (
+    ("data", "path"),
+    ("clients", "split_file"),
+    ("backbone", "weights"),
+    ("backbone", "path"),
+    ("evaluation", "source_path"),
+)
 """Keys that may hold paths."""
 
 
@@ -340,6 +301,8 @@ class Scenario(Section):
     adaptation: Adaptation = Adaptation()
     backbone: Backbone = Backbone()
     head: Head = Head()
+    transfer: Transfer = Transfer()
+    augmentation: Augmentation = Augmentation()
     training: Training = Training()
     strategy: Strategy = FedAvg()
     compression: Compression = Compression()

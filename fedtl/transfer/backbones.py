@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fedtl import seeding
+from fedtl.data.examples import Kind
 from fedtl.errors import InputError, unknown_name
 from fedtl.scenario import schema
 from fedtl.transfer import weights
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "efficientnet_lite0"
 IDENTITY = "identity"
+INPUT = "input"
+"""The cut before everything: what is stored are the examples as the trunk takes them."""
 _EMBEDDED_DIM = 1280
 # Its weights want (pixel - 127) / 128, not ImageNet's mean and std; its authors crop 224 of 256.
 _EMBEDDED_PREPROCESSING = Preprocessing(256, 224, "bicubic", (127.0,) * 3, (128.0,) * 3)
@@ -45,6 +48,9 @@ class Backbone:
         builder: makes the trunk.
         known_dim: D where it is known without building; 0 for ``identity`` (the data decide).
         weights_path: the weights file; None where there is none.
+        takes: the kind of examples it embeds.
+        skeleton: JSON values from which ``tails`` makes the same trunk without its weights, in any
+            process; empty where the trunk cannot be cut.
     """
 
     name: str
@@ -55,6 +61,8 @@ class Backbone:
     builder: Callable[[], nn.Module] = field(repr=False, compare=False)
     known_dim: int | None = None
     weights_path: Path | None = field(default=None, repr=False, compare=False)
+    takes: Kind = "images"
+    skeleton: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def image_size(self) -> int:
@@ -146,7 +154,9 @@ def open_backbone(section: schema.Backbone, seed: int) -> Backbone:
         SecurityRefusal: the weights file has not the stated hash.
     """
     if section.name == IDENTITY:
-        return Backbone(IDENTITY, "none", _NO_PREPROCESSING, IDENTITY, IDENTITY, _no_trunk, 0)
+        return Backbone(
+            IDENTITY, "none", _NO_PREPROCESSING, IDENTITY, IDENTITY, _no_trunk, 0, takes="rows"
+        )
     key = seeding.key(seed, "backbone")
     if section.name == EMBEDDED:
         return _open_embedded(section, key)
@@ -181,7 +191,15 @@ def _open_embedded(section: schema.Backbone, key: int) -> Backbone:
     digest = _hash_weights(section, path, key)
     builder = functools.partial(_build, EMBEDDED, preprocessing, path, digest, key)
     return Backbone(
-        EMBEDDED, "penultimate", preprocessing, digest, source, builder, _EMBEDDED_DIM, path
+        EMBEDDED,
+        "penultimate",
+        preprocessing,
+        digest,
+        source,
+        builder,
+        _EMBEDDED_DIM,
+        path,
+        skeleton=_skeleton(EMBEDDED, preprocessing, key),
     )
 
 
@@ -213,8 +231,19 @@ def _open_torchvision(section: schema.Backbone, key: int) -> Backbone:
     builder = functools.partial(_build, section.name, preprocessing, path, digest, key)
     source = path.name if path else "random"
     return Backbone(
-        section.name, "penultimate", preprocessing, digest, source, builder, weights_path=path
+        section.name,
+        "penultimate",
+        preprocessing,
+        digest,
+        source,
+        builder,
+        weights_path=path,
+        skeleton=_skeleton(section.name, preprocessing, key),
     )
+
+
+def _skeleton(name: str, preprocessing: Preprocessing, key: int) -> dict[str, Any]:
+    return {"kind": "torchvision", "name": name, "key": key, **preprocessing.identity()}
 
 
 def _hash_weights(section: schema.Backbone, path: Path | None, key: int) -> str:

@@ -20,8 +20,8 @@ FLOORS = (
     {"clients", "privacy"},
     {"strategies", "engines", "evaluation"},
     {"planning", "rounds", "round_training", "secure_rounds", "spending", "checkpoints"},
-    {"build"},
-    {"conduct", "judging", "unprotected", "privacy_card"},
+    {"build", "ready_features"},
+    {"conduct", "judging", "unprotected", "privacy_card", "cost_card"},
     {"forecast", "simulation", "doctor", "choices", "terminal", "listings"},
     {
         "check",
@@ -34,9 +34,23 @@ FLOORS = (
         "report",
         "audit",
         "privacy_plan",
+        "tune",
+        "modules",
+        "export",
+        "few_shot",
     },
-    {"deployment", "parity", "api"},
-    {"cli", "server_commands", "client_commands", "study_commands", "privacy_commands", "options"},
+    {"deployment", "parity", "api", "serve"},
+    {
+        "cli",
+        "tune_commands",
+        "module_commands",
+        "export_commands",
+        "server_commands",
+        "client_commands",
+        "study_commands",
+        "privacy_commands",
+        "options",
+    },
 )
 """Rooms by floor, lowest first; a room imports from its own floor and from below."""
 
@@ -57,6 +71,10 @@ ONLY_IN = {
         "cli",
         "server_commands",
         "client_commands",
+        "tune_commands",
+        "module_commands",
+        "export_commands",
+        "few_shot",
     ),
     "typer": (
         "cli",
@@ -64,6 +82,9 @@ ONLY_IN = {
         "client_commands",
         "study_commands",
         "privacy_commands",
+        "tune_commands",
+        "module_commands",
+        "export_commands",
         "options",
     ),
 }

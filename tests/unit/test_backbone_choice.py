@@ -13,10 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 from fedtl.backbone_choice import pareto, parse_candidate, rank_backbones
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.errors import InputError
 from fedtl.evaluation.quick_head import accuracy, quick_answers
 from fedtl.interrupts import Interrupts
+from fedtl.ready_features import make_features
 from fedtl.scenario.schema import Backbone, Scenario
 
 NETWORK = "squeezenet1_1"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtl.build import make_features, open_data
+from fedtl.build import open_data
 from fedtl.data.leakage import find_leaks
 from fedtl.data.shifts import ShiftedImages
+from fedtl.ready_features import make_features
 from fedtl.scenario.load import load_scenario
 
 SCENARIO = """name = "mine"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
+from fedtl.ready_features import make_features
 from fedtl.types import Population
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtl.build import OpenedData, ReadyFeatures, make_features, open_data, open_examples
+from fedtl.build import open_data, open_examples
 from fedtl.data.examples import Examples
 from fedtl.evaluation.quick_head import accuracy, draw_sample, quick_answers
 from fedtl.input_checks import check_inputs, findings, trials
 from fedtl.input_checks.findings import CHECKS, look
 from fedtl.input_checks.trials import TEST, TRAIN, Trials
+from fedtl.ready_features import OpenedData, ReadyFeatures, make_features
 from fedtl.scenario.schema import Scenario
 from fedtl.transfer.pictures import IMAGENET_MEAN, IMAGENET_STD
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtl.build import OpenedData, make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.clients.alignment import align
 from fedtl.evaluation.quick_head import accuracy, quick_answers
 from fedtl.input_checks import check_inputs
+from fedtl.ready_features import OpenedData, make_features
 from fedtl.scenario.schema import Scenario
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtl.build import make_features, open_data, population_of
+from fedtl.build import open_data, population_of
 from fedtl.deployment.gaps import (
     DEADLINE_SECONDS,
     asking_for_statistics,
@@ -22,6 +22,7 @@ from fedtl.errors import PolicyStop, SecurityRefusal
 from fedtl.evaluation.client_sums import ClientSums
 from fedtl.evaluation.gaps import from_statistics
 from fedtl.plans import RoundPlan
+from fedtl.ready_features import make_features
 from fedtl.types import LocalTraining
 
 NAMES = ("east", "north", "west")

@@ -1,0 +1,84 @@
+"""Heads of any form, with or without a network before them, as torch functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtl.types import TAIL, Head, Int32, Int64, Tail
+
+if TYPE_CHECKING:
+    import torch
+
+JUDGED = 1024
+"""Rows scored at once; fewer where a network stands before the head."""
+
+JUDGED_THROUGH = 64
+
+Network = Callable[[Mapping[str, "torch.Tensor"], "torch.Tensor"], "torch.Tensor"]
+"""From tensors by name and activations [n, A] to what the head stands on [n, D]."""
+
+
+@contextmanager
+def network(tail: Tail | None, training: bool = False) -> Iterator[Network]:
+    """What stands between the cut and the head, for one thread; nothing at all without a tail."""
+    if tail is None:
+        yield lambda tensors, x: x
+        return
+    from fedtl.transfer.tails import open_tail
+
+    opened = open_tail(tail)
+    with opened.running(training) as module:
+        yield lambda tensors, x: opened.forward(module, tensors, x)
+
+
+def head_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the head alone, without the network before it."""
+    return {name: own for name, own in tensors.items() if not name.startswith(TAIL)}
+
+
+def scores(
+    tensors: Mapping[str, torch.Tensor], x: torch.Tensor, through: Network | None = None
+) -> torch.Tensor:
+    """Scores [n, C] from activations [n, A]; autograd passes through."""
+    from fedtl.clients.batched import forward
+
+    return forward(head_of(tensors), x if through is None else through(tensors, x))
+
+
+def judge(
+    features: npt.NDArray[np.floating[Any]],
+    labels: Int32,
+    rows: Int64,
+    head: Head,
+    device: str,
+    tail: Tail | None = None,
+) -> tuple[float, npt.NDArray[np.bool_]]:
+    """Judge one head of any form on some rows.
+
+    Returns:
+        Summed cross-entropy in nats, and which rows are predicted right, bool [n].
+    """
+    import torch
+
+    from fedtl.clients.batched import checked_device
+
+    checked_device(device)
+    tensors = {name: torch.tensor(tensor, device=device) for name, tensor in head.items()}
+    loss, right = 0.0, np.zeros(len(rows), dtype=np.bool_)
+    torch.set_num_threads(1)
+    size = JUDGED if tail is None else JUDGED_THROUGH
+    with network(tail) as through, torch.no_grad():
+        for low in range(0, len(rows), size):
+            part = rows[low : low + size]
+            x = torch.from_numpy(features[part].astype(np.float32)).to(device)
+            found = scores(tensors, x, through).cpu()
+            own = torch.from_numpy(labels[part].astype(np.int64))
+            loss += float(torch.nn.functional.cross_entropy(found.double(), own, reduction="sum"))
+            # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
+            right[low : low + size] = found.numpy().argmax(1) == labels[part]
+    return loss, right
