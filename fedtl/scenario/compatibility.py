@@ -11,12 +11,19 @@ from collections.abc import Iterator
 
 from fedtl.errors import InputError, Problem
 from fedtl.scenario.adaptation_rules import ADAPTATION_RULES
+from fedtl.scenario.backbone_rules import BACKBONE_RULES
 from fedtl.scenario.data_rules import DATA_RULES
+from fedtl.scenario.example_rules import EXAMPLE_RULES
+from fedtl.scenario.head_rules import HEAD_RULES
+from fedtl.scenario.lora_rules import LORA_RULES
 from fedtl.scenario.privacy_rules import PRIVACY_RULES
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.secure_rules import secure_cohort
 from fedtl.scenario.strategies import CLOSED_FORMS as CLOSED_FORMS
 from fedtl.scenario.strategies import Bulyan, FLTrust, Krum, MultiKrum, TrimmedMean
+from fedtl.scenario.table_rules import TABLE_RULES
+from fedtl.scenario.text_rules import TEXT_RULES
+from fedtl.scenario.transfer_rules import TRANSFER_RULES
 
 UPDATE_ATTACKS = ("sign_flip", "gaussian", "inner_product", "alie", "min_max")
 """Attacks on what liars send; the others are on what they train on."""
@@ -281,5 +288,6 @@ def _everybody(scenario: Scenario) -> Iterator[Problem]:
 RULES = (
     *DATA_RULES, *ADAPTATION_RULES, _backbone, _references, _participation,
     _known_cohort, _trusted, _attack, _closed_form, _compression, _local_steps, _every_answer,
-    _everybody, *PRIVACY_RULES,
+    _everybody, *PRIVACY_RULES, *TRANSFER_RULES, *LORA_RULES, *BACKBONE_RULES, *HEAD_RULES,
+    *TEXT_RULES, *TABLE_RULES, *EXAMPLE_RULES,
 )  # fmt: skip
