@@ -1,4 +1,4 @@
-"""What cannot go together with the head and how it is regularised (``scenario.head``, ``scenario.training``)."""
+"""What cannot go together with the head and with how it is regularised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot go together with where the network is cut and what is trained behind the cut (``scenario.transfer``)."""
+"""What cannot go together with the cut and with what is trained behind it."""
 
 from __future__ import annotations
 
