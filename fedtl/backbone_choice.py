@@ -137,7 +137,8 @@ def parse_candidate(text: str, section: schema.Backbone) -> schema.Backbone:
             "not a backbone", where="--backbones", got=repr(text), allowed="name[@weights][:size]"
         )
     name, weights, pixels = match.groups()
-    if name not in (known := [n for n in backbones.names() if n != backbones.IDENTITY]):
+    elsewhere = set(backbones.OPENERS) - {backbones.EMBEDDED}  # they need more than a name
+    if name not in (known := [n for n in backbones.names() if n not in elsewhere]):
         raise unknown_name("backbone", name, known, where="--backbones")
     changes: dict[str, Any] = {"name": name}
     if weights is not None or name != section.name:

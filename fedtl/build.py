@@ -16,7 +16,7 @@ from fedtl.clients.adversarial import domain_numbers
 from fedtl.clients.alignment import align
 from fedtl.clients.attacks import poison
 from fedtl.clients.personal_store import PersonalStore
-from fedtl.data.clients import ClientSplit
+from fedtl.data.clients import ClientSplit, few_shot, on_rows, used_rows
 from fedtl.data.examples import Examples
 from fedtl.data.leakage import LeakReport, check_leaks, find_leaks
 from fedtl.data.shifts import shifted
@@ -127,7 +127,9 @@ def open_data(scenario: Scenario) -> OpenedData:
 
 def open_examples(scenario: Scenario, examples: Examples) -> OpenedData:
     """The same for examples that are here already."""
-    backbone, tail = open_network(scenario.backbone, scenario.transfer, scenario.seed)
+    backbone, tail = open_network(
+        scenario.backbone, scenario.transfer, scenario.seed, len(examples)
+    )
     if examples.kind != backbone.takes:
         raise InputError(
             f"the data are {KINDS[examples.kind]}, and this backbone takes {KINDS[backbone.takes]}",
@@ -143,7 +145,7 @@ KINDS = {"images": "images", "texts": "texts", "rows": "rows of numbers"}
 FITTING = {
     "images": '"efficientnet_lite0", any torchvision model, "timm", "onnx", "hub", "module"',
     "texts": '"hf"',
-    "rows": '"identity", "fourier", "forest", "windows"',
+    "rows": '"identity", "fourier", "forest", "windows", "onnx"',
 }
 """What examples are called, and the backbones that take them."""
 
@@ -157,6 +159,10 @@ def deal(scenario: Scenario, examples: Examples) -> tuple[Examples, ClientSplit]
     if scenario.clients.split_file is not None:
         examples = with_split_file(examples, Path(scenario.clients.split_file))
     split = dealt(scenario, examples)
+    if scenario.data.shots is not None:  # the trunk need not see what nobody uses
+        split = few_shot(split, examples.labels, scenario.data.shots, scenario.seed)
+        used = used_rows(split)
+        examples, split = examples.subset(used), on_rows(split, used)
     return shifted(examples, split, scenario.shift, scenario.seed), split
 
 

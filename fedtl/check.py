@@ -14,7 +14,7 @@ from rich.table import Table
 from fedtl.build import check_strategy, open_data
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import BadImage, Images
-from fedtl.data.leakage import check_leaks, content_hashes, find_leaks
+from fedtl.data.leakage import check_leaks, find_leaks, row_hashes
 from fedtl.data.shifts import unshifted
 from fedtl.forecast import forecast
 from fedtl.interrupts import Interrupts
@@ -46,8 +46,8 @@ def check_scenario(
     """
     opened = open_data(scenario)
     examples = opened.examples
-    if examples.images is None:
-        content = content_hashes(np.asarray(examples.features))
+    if examples.kind == "rows":
+        content = row_hashes(examples)
     else:
         opened.backbone.trunk()  # its weights are read only here, and in a run
         content, bad = _decode_all(opened, interrupts)
@@ -67,7 +67,8 @@ def check_scenario(
     console.print(class_table(opened.split, examples.labels, examples.classes))
     for note in (*examples.notes, *plan.privacy_notes):
         console.print(sentences([("[yellow]note[/]", note)]))
-    if same := degenerate(scenario.strategy.name, scenario.head.kind):
+    mode = scenario.transfer.mode
+    if same := degenerate(scenario.strategy.name, scenario.head.kind, mode):
         console.print(f"[yellow]note[/] {same}")
     for name, count in opened.split.excluded[:5]:
         console.print(f"[yellow]left out[/] {shown(name)}: {count} examples, too few to train on")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtl.client_commands import app as client_app
+from fedtl.export_commands import app as export_app
 from fedtl.options import AsJson, EngineName, Overrides, RunName, ScenarioName, again, console_for
 from fedtl.privacy_commands import app as privacy_app
 from fedtl.server_commands import app as server_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the feature store.")
 app.add_typer(study_app)
 app.add_typer(privacy_app)
+app.add_typer(export_app)
 app.add_typer(cache_app, name="cache")
 app.add_typer(server_app, name="server")
 app.add_typer(client_app, name="client")

@@ -19,7 +19,7 @@ Join = Annotated[
     Path, typer.Option("--join", metavar="FILE", help="The join file that the server gave out.")
 ]
 DataPath = Annotated[
-    Path, typer.Option("--data", metavar="PATH", help="A folder of class folders, .npz or .csv.")
+    Path, typer.Option("--data", metavar="PATH", help="A folder of class folders, .npz or table.")
 ]
 Folder = Annotated[Path, typer.Option("--folder", help="Where this client's keys and logs are.")]
 Careless = Annotated[

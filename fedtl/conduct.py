@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -86,6 +87,7 @@ class Judged:
             empty where no client was trained alone.
         calibration: of the federated head; None where that is not known.
         notes: what the user should know, one line each.
+        forgetting: of the source task; None where it was not measured.
     """
 
     heads: Mapping[str, Judgement]
@@ -93,6 +95,7 @@ class Judged:
     compared: Mapping[str, Compared]
     calibration: Calibration | None = None
     notes: Sequence[str] = ()
+    forgetting: Mapping[str, Any] | None = None
 
 
 Judge = Callable[[Outcome, Callable[[str], None], Callable[[], None]], Judged]
@@ -235,7 +238,7 @@ def _conclude(
         client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
     _write_tables(prepared, folder, progress.round, judged, told)
-    folder.write_head(head, _head_card(prepared))
+    folder.write_head(head, _head_card(prepared, outcome, mine))
     summary = _summary(prepared, outcome, progress, judged, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds
     summary["seconds"] = {
@@ -285,17 +288,44 @@ def _write_tables(
     folder.write_tables(complete, classes)
 
 
-def _head_card(prepared: Prepared) -> dict[str, str]:
-    """What the head fits: goes into the metadata of ``head.safetensors``."""
+def _head_card(prepared: Prepared, outcome: Outcome, judged: Judgement) -> dict[str, str]:
+    """What the head fits and where it is from: the metadata of ``head.safetensors``."""
     federation = prepared.federation
+    scenario, roster = federation.scenario, federation.roster
+    sections = scenario.canonical()  # no path of this machine in it
+    trained_on = {
+        "clients": roster.num_clients,
+        "examples": int(roster.train.sum()),
+        "domains": len({domain for domain in roster.domains if domain}),
+        "rounds": outcome.rounds,
+    }
+    alone = outcome.personal is None or not outcome.personal.completes
     return {
+        "format": FORMAT,
+        "mode": scenario.transfer.mode,
+        "seed": str(scenario.seed),
+        "sections": json.dumps({key: sections[key] for key in ("backbone", "transfer", "head")}),
+        "trained_on": json.dumps(trained_on),
+        "measured": json.dumps(
+            {
+                "accuracy": judged.facts["accuracy"],
+                "balanced_accuracy": judged.facts["balanced_accuracy"],
+                "epsilon": outcome.privacy.get("epsilon"),
+            }
+        ),
+        "aligned": scenario.adaptation.features,
+        "whole": "yes" if alone else "no",
         "fedtl": machine.versions().get("fedtl", ""),
         "scenario_hash": federation.identity["scenario_hash"],
         "backbone": prepared.backbone["name"],
         "backbone_sha256": prepared.backbone["weights_sha256"],
+        "backbone_source": prepared.backbone["weights_source"],
+        "backbone_licence": prepared.backbone["licence"],
+        "preprocessing": json.dumps(prepared.backbone["preprocessing"]),
+        "settings": json.dumps(prepared.backbone["settings"]),
         "cut": prepared.backbone["cut"],
         "kind": federation.scenario.head.kind,
-        "classes": "\n".join(federation.roster.classes),
+        "classes": "\n".join(roster.classes),
     }
 
 
@@ -336,6 +366,7 @@ def _summary(
             for name in FAIRNESS
             if name in heads
         },
+        "forgetting": judged.forgetting,
         "calibration": judged.calibration.facts if judged.calibration else UNCALIBRATED,
         "data": {
             "train": int(roster.train.sum()),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from fedtl import machine
 from fedtl.planning import cohort_size, plan_round, scratch_rates
 from fedtl.plans import Task
@@ -15,14 +13,18 @@ from fedtl.ready_features import OpenedData, allowed_threads
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.warm_start import WarmStart
+from fedtl.transfer.backbones import EMBEDDED, OPENERS
 from fedtl.transfer.features import FeatureStore
 from fedtl.transfer.heads import initial_head
+from fedtl.transfer.row_trunks import rows_width
+from fedtl.transfer.text_features import expected_macs, text_width
+from fedtl.transfer.views import fingerprints, rows_in_all
 from fedtl.types import Head, Roster, head_bytes
 
 MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
 
-FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9}
+FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9, "cosine": 5e9, "prototype": 5e9}
 """Float operations of local training per core (benchmarks/kernel.py)."""
 
 SCRATCH_MACS_PER_SECOND = 10e9
@@ -82,12 +84,14 @@ def forecast(opened: OpenedData) -> Forecast:
     promise = make_promise(scenario, roster)
     sent = _exchanged(scenario, roster, promise, head, cohort)
     bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
-    feature_bytes = len(examples) * width * bytes_each
-    flops = 4.0 * len(split.train.index) * share * parameters
+    rows = rows_in_all(scenario.augmentation, split, len(examples))
+    trained = scenario.augmentation.views * len(split.train.index)
+    feature_bytes = rows * width * bytes_each
+    flops = 4.0 * trained * share * parameters
     flops *= scenario.training.local_epochs * sent.rounds if sent.task == "train" else sent.rounds
     if sent.task == "statistics":
         wide = max(width, getattr(scenario.strategy, "random_features", 0))
-        flops = 2.0 * len(split.train.index) * wide**2
+        flops = 2.0 * trained * wide**2
     threads = allowed_threads(scenario)
     memory = BASE_BYTES[cached] + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
     memory += sent.held_bytes
@@ -122,7 +126,8 @@ def _scratch(opened: OpenedData) -> tuple[int, float | None]:
         return 0, 0.0
     epochs = len(scratch_rates(scenario))
     macs = _macs(opened)
-    passes = 3 * epochs * len(opened.split.train.index)
+    trained = scenario.augmentation.views * len(opened.split.train.index)
+    passes = 3 * epochs * trained
     return epochs, None if macs is None else passes * macs / SCRATCH_MACS_PER_SECOND
 
 
@@ -172,27 +177,37 @@ def _exchanged(
 def stored_width(opened: OpenedData) -> int | None:
     """D where the features are there already, None where the trunk has to make them."""
     section, examples = opened.scenario.backbone, opened.examples
-    if examples.images is None:
-        return int(np.asarray(examples.features).shape[1])
-    return FeatureStore().width(
-        opened.backbone,
-        examples.images,
-        examples.fingerprint,
-        dtype=section.feature_dtype,
-        way=section.extraction,
-        device=opened.scenario.engine.device,
-    )
+    if examples.kind == "rows":
+        return rows_width(opened.backbone, examples, opened.scenario.data)
+    width = FeatureStore().width if examples.texts is None else text_width
+    scenario = opened.scenario
+    views = fingerprints(examples.fingerprint, opened.split, scenario.augmentation, scenario.seed)
+    found = [
+        width(
+            opened.backbone,
+            examples.texts or examples.images,
+            fingerprint,
+            dtype=section.feature_dtype,
+            way=section.extraction,
+            device=opened.scenario.engine.device,
+        )
+        for fingerprint in (examples.fingerprint, *views)
+    ]
+    return None if None in found else found[0]
 
 
 def _extract_seconds(opened: OpenedData, threads: int) -> float | None:
-    macs = _macs(opened)
-    return None if macs is None else macs * len(opened.examples) / (MACS_PER_CORE_SECOND * threads)
+    macs, section = _macs(opened), opened.scenario.augmentation
+    rows = rows_in_all(section, opened.split, len(opened.examples))
+    return None if macs is None else macs * rows / (MACS_PER_CORE_SECOND * threads)
 
 
 def _macs(opened: OpenedData) -> float | None:
     """Multiply-adds for one image; None on a GPU and for models whose cost is not published."""
     if machine.gpu_present() and opened.scenario.engine.device != "cpu":
         return None
+    if opened.examples.texts is not None:
+        return expected_macs(opened.backbone, opened.examples.texts)
     known = _gmacs(opened.scenario.backbone.name)
     if known is None:
         return None
@@ -201,8 +216,10 @@ def _macs(opened: OpenedData) -> float | None:
 
 
 def _gmacs(name: str) -> tuple[float, int] | None:
-    if name == "efficientnet_lite0":
+    if name == EMBEDDED:
         return EMBEDDED_GMACS
+    if name in OPENERS:  # from elsewhere: nobody has published its cost
+        return None
     from torchvision.models import get_model_weights
 
     weights = get_model_weights(name).DEFAULT

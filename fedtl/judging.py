@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from fedtl.conduct import Judged, Outcome
 from fedtl.evaluation import references
 from fedtl.evaluation.advice import Compared
 from fedtl.evaluation.calibration import Calibration, calibrate
+from fedtl.evaluation.forgetting import Source
 from fedtl.evaluation.personalised import forgotten, judge_personalised
 from fedtl.evaluation.references import Judge, Judgement
 from fedtl.evaluation.ridge import fit_ridge
@@ -23,6 +25,8 @@ from fedtl.evaluation.scratch import Order, judge_scratch
 from fedtl.planning import judged_clients, liars_of, local_training, scratch_rates
 from fedtl.plans import Personal
 from fedtl.ready_features import allowed_threads
+from fedtl.scenario.head_rules import regularised
+from fedtl.transfer.backbones import Backbone
 from fedtl.unprotected import train_unprotected
 
 RIDGE = 0.01
@@ -42,11 +46,13 @@ class Judging:
         built: the federation and everybody's data.
         image_size: side in pixels of what the trunk sees.
         store: what clients kept over the rounds.
+        backbone: up to the cut; where it is known, what was forgotten can be measured.
     """
 
     built: Built
     image_size: int
     store: PersonalStore
+    backbone: Backbone | None = None
 
     def __call__(
         self, outcome: Outcome, begin: Callable[[str], None], check: Callable[[], None]
@@ -134,7 +140,19 @@ class _Judging:
             }
         missing = "fine_tuned" in scenario.evaluation.references and not trained
         notes = (NOT_TUNED,) if missing else ()
-        return Judged(found, beside, compared, self._calibration(sample), notes)
+        calibration, forgotten = self._calibration(sample), self._forgetting()
+        return Judged(found, beside, compared, calibration, notes, forgotten)
+
+    def _forgetting(self) -> dict[str, Any] | None:
+        """What the trained network forgot of its source task, where that is at hand."""
+        built, backbone = self.of.built, self.of.backbone
+        scenario = built.federation.scenario
+        if scenario.evaluation.source_path is None or backbone is None:
+            return None
+        self.begin("forgetting")
+        tail, threads = built.population.tail, self.place.threads
+        source = Source(scenario, backbone, tail, threads, self.check)
+        return source.forgotten(built.federation.head, self.outcome.head)
 
     def _own(self, place: Judge, personal: Personal) -> Judgement:
         """What each client makes of the last head for itself."""
@@ -185,6 +203,9 @@ class _Judging:
             ridge = float(getattr(scenario.strategy, "ridge", RIDGE))
             fitted = fit_ridge(place.population, head, ridge, place.threads)
             return references.judge_shared(place, fitted)
+        if place.population.tail is not None:
+            trainings = [local_training(scenario, r) for r in range(1, scenario.rounds + 1)]
+            return references.judge_pooled_steps(place, head, trainings, scenario.seed, self.check)
         return references.judge_pooled(place, head, scenario.training.weight_decay, self.check)
 
     def _order(self) -> Order:
@@ -215,6 +236,7 @@ class _Judging:
         pooled = found.get("centralised")
         linear = set(head) == set(federation.head) == LINEAR
         linear = linear and scenario.adaptation.prior != "balanced_softmax"  # another objective
+        linear = linear and not regularised(scenario)
         if pooled is not None and self.whole and linear:  # only then there is one right answer
             decay = scenario.training.weight_decay
             facts.update(references.from_optimum(place, head, pooled, decay))

@@ -34,3 +34,15 @@ def console_for(as_json: bool) -> Any:
     from fedtl.terminal import PatientConsole
 
     return PatientConsole(stderr=as_json)
+
+
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """``1,5`` as numbers. Raises InputError."""
+    from fedtl.errors import InputError
+
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise InputError(
+            "not a list of whole numbers", where=option, got=repr(text), allowed="e.g. 1,5"
+        ) from None

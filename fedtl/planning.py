@@ -19,7 +19,7 @@ from fedtl.errors import client_of
 from fedtl.plans import Compression, Personal, Protection, RoundPlan
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies.base import ServerState, Strategy, personal_of
-from fedtl.types import ClientFailure, ClientUpdates, Float64, Int64, LocalTraining
+from fedtl.types import TAIL, ClientFailure, ClientUpdates, Float64, Int64, LocalTraining
 
 
 def plan_round(
@@ -62,14 +62,31 @@ def plan_round(
 
 
 def local_training(scenario: Scenario, round: int) -> LocalTraining:
-    """What a client does with its data in a round, before the strategy has its say."""
-    section = scenario.training
+    """What a client does with its data in a round, before the strategy has its say.
+
+    Behind the cut nothing is trained while the head warms up, and then one block more from the
+    back every so many rounds, where the scenario has it so (gradual unfreezing, Howard and Ruder
+    2018). What rests in a round travels all the same, unchanged.
+    """
+    section, transfer = scenario.training, scenario.transfer
+    warm, every = round - transfer.warmup_rounds, transfer.unfreeze_every
+    behind = transfer.mode != "head"
     return LocalTraining(
         section.local_epochs,
         section.batch_size,
         scheduled_rate(scenario, round),
         section.momentum,
         section.weight_decay,
+        tail_rate=transfer.rate_factor if behind else 1.0,
+        l2_pretrained=transfer.l2_pretrained if behind else 0.0,
+        still=(TAIL,) if behind and warm < 1 else (),
+        unfrozen=1 + (warm - 1) // every if behind and every and warm >= 1 else 0,
+        label_smoothing=section.label_smoothing,
+        mixup=section.mixup,
+        dropout=section.dropout,
+        noise=scenario.augmentation.noise,
+        validation_fraction=section.validation_fraction,
+        early_stopping=section.early_stopping,
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtl.types import (
+    MERGED,
     ClientFailure,
     ClientUpdates,
     Float32,
@@ -241,7 +242,11 @@ class RoundPlan:
             assert self.statistics is not None
             return _sums(self.statistics, *head["weight"].shape)
         local = self.personal.local if self.personal is not None else ()
-        head = {name: tensor for name, tensor in head.items() if name not in local}
+        head = {
+            name: tensor
+            for name, tensor in head.items()
+            if name not in local and not name.endswith(MERGED)
+        }
         own: Shapes = {name: (tensor.shape, np.dtype(np.float32)) for name, tensor in head.items()}
         if self.task == "gradient":
             return {name: (shape, np.dtype(np.float64)) for name, (shape, _) in own.items()}

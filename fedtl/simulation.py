@@ -141,22 +141,17 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
         )
     return Prepared(
         federation=federation,
-        judge=Judging(built, opened.backbone.image_size, store),
+        judge=Judging(built, opened.backbone.image_size, store, opened.backbone),
         data={
             "fingerprint": examples.identity,
-            "examples": len(examples),
-            "skipped_examples": len(opened.examples) - len(examples),
+            "examples": len(examples) - built.features.views,
+            "views": built.features.views,
+            "skipped_examples": len(opened.examples) + built.features.views - len(examples),
             "excluded_clients": len(built.features.split.excluded),
             "leaks_train_test": leaks.train_test,
             "leaks_between_clients": leaks.between_clients,
         },
-        backbone={
-            "name": opened.backbone.name,
-            "cut": opened.backbone.cut,
-            "weights_sha256": opened.backbone.weights_hash,
-            "weights_source": opened.backbone.weights_source,
-            **built.features.facts,
-        },
+        backbone={**opened.backbone.card(), **built.features.facts},
         extract_seconds=built.features.seconds,
         notes=notes,
         class_counts=lambda clients: _class_counts(built.population, clients),

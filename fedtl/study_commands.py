@@ -136,3 +136,31 @@ def compare(
     print_runs_compared(console_for(as_json), comparison.as_facts())
     if as_json:
         typer.echo(json.dumps(comparison.as_facts(), indent=2))
+
+
+@app.command()
+def episodes(
+    scenario: ScenarioName,
+    overrides: Overrides = None,
+    ways: Annotated[int, typer.Option(help="Classes of an episode.")] = 5,
+    shots: Annotated[
+        str, typer.Option(metavar="N,N", help="Examples of a class to learn from.")
+    ] = "1,5",
+    queries: Annotated[int, typer.Option(help="Others of a class to be judged on.")] = 15,
+    count: Annotated[int, typer.Option("--episodes", help="Episodes of each kind.")] = 600,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a few examples get on the backbone's features, with intervals."""
+    from fedtl.few_shot import show_episodes
+    from fedtl.interrupts import Interrupts
+    from fedtl.options import whole_numbers
+    from fedtl.scenario.load import load_scenario
+
+    chosen = load_scenario(scenario, overrides or ())
+    numbers = whole_numbers("--shots", shots)
+    with Interrupts() as interrupts:
+        facts = show_episodes(
+            chosen, ways, numbers, queries, count, console_for(as_json), interrupts
+        )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))

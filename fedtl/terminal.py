@@ -27,6 +27,7 @@ from fedtl.ready_features import OpenedData
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
+from fedtl.transfer.backbones import Backbone
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -117,14 +118,14 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     scenario, backbone = opened.scenario, opened.backbone
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     domains = f" in {plan.domains} domains" if plan.domains > 1 else ""
-    what = "examples" if opened.examples.images is None else "images"
+    what = "examples" if opened.examples.kind == "rows" else opened.examples.kind
     rows = {
         "data": f"{scenario.data.source}: {plan.examples:,} {what}, {plan.classes} classes, "
         f"{plan.train:,} to train on, {plan.test:,} to be judged on",
         "clients": f"{plan.clients}{domains}, {scenario.clients.partition} split, "
         f"{plan.cohort} in each round",
         "backbone": f"{backbone.name}, weights {backbone.weights_source}, frozen, "
-        + ("features are in the store" if plan.cached else f"{backbone.image_size} px"),
+        + ("features are in the store" if plan.cached else _seen(backbone)),
         "training": f"{strategy_words(scenario, plan)}, {scenario.head.kind} head of "
         f"{plan.head_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
@@ -137,6 +138,13 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/]", shown(text))
     return table
+
+
+def _seen(backbone: Backbone) -> str:
+    """How much of an example the trunk sees."""
+    if backbone.takes == "texts":
+        return f"up to {backbone.settings['max_tokens']} tokens"
+    return f"{backbone.image_size} px"
 
 
 def strategy_words(scenario: Scenario, plan: Forecast) -> str:

@@ -22,7 +22,12 @@ UInt64 = npt.NDArray[np.uint64]
 
 Head = Mapping[str, Float32]
 """A head's tensors by name. Linear: ``weight`` [C, D] and ``bias`` [C]. MLP: also
-``hidden.<i>.weight`` [H, D] and ``hidden.<i>.bias`` [H] in front of them."""
+``hidden.<i>.weight`` [H, D] and ``hidden.<i>.bias`` [H] in front of them. Cosine and prototype:
+also ``cosine.scale`` or ``prototype.scale`` [1]; ``clients.batched.classify`` has the scores of
+each. What is trained before them has ``TAIL`` before its name."""
+
+LAST = ("weight", "bias", "cosine.scale", "prototype.scale")
+"""Names that tensors of a head's last layer have; every head has the first two."""
 
 DOMAIN = "domain."
 """Before the tensors of a classifier of domains, which may travel with an MLP head in training."""
@@ -30,6 +35,9 @@ DOMAIN = "domain."
 
 TAIL = "tail."
 """Before the tensors of the network between the cut and the head, where they are trained too."""
+
+MERGED = ".merged"
+"""How names of tensors end that clients are given, and neither train nor send back."""
 
 
 def float32(values: Float64) -> Float32:
@@ -203,10 +211,11 @@ class LocalTraining:
 
     Of the network behind the cut: ``tail_rate`` times the learning rate is its own, the gradient
     of its tensors gains ``l2_pretrained`` * (w - w_pretrained), and tensors whose names begin with
-    one of ``still`` are not trained. ``label_smoothing``, ``mixup`` (alpha), ``dropout`` (before
-    the head's last layer), ``noise`` (on activations, in their own deviations) and
-    ``early_stopping`` (epochs without a better loss on ``validation_fraction`` of the client's
-    training examples; 0 is never) are what their names say, see ``clients.autograd``.
+    one of ``still`` are not trained, nor those before the last ``unfrozen`` blocks (0: all are).
+    ``label_smoothing``, ``mixup`` (alpha), ``dropout`` (before the head's last layer), ``noise``
+    (on activations, in their own deviations) and ``early_stopping`` (epochs without a better loss
+    on ``validation_fraction`` of the client's training examples; 0 is never) are what their names
+    say, see ``clients.autograd``.
     """
 
     epochs: int
@@ -221,12 +230,24 @@ class LocalTraining:
     tail_rate: float = 1.0
     l2_pretrained: float = 0.0
     still: tuple[str, ...] = ()
+    unfrozen: int = 0
     label_smoothing: float = 0.0
     mixup: float = 0.0
     dropout: float = 0.0
     noise: float = 0.0
     validation_fraction: float = 0.0
     early_stopping: int = 0
+
+    def trains_on(self, counts: Int64) -> Int64:
+        """Of so many training examples, how many a client trains on; it judges itself by the rest.
+
+        Whoever has two or more has at least one for each.
+        """
+        if not self.validation_fraction:
+            return counts
+        held = np.floor(self.validation_fraction * counts + 0.5).astype(np.int64)
+        least, most = np.minimum(1, counts // 2), np.maximum(0, counts - 1)
+        return np.asarray(counts - np.clip(held, least, most))
 
 
 @dataclass(frozen=True)

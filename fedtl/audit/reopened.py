@@ -118,9 +118,15 @@ def reopen(path: Path, progress: ExtractionProgress | None = None) -> Reopened:
             do=f"Type 'fedtl resume {path}'",
         )
     scenario = load_scenario(str(path / SCENARIO))
+    if scenario.augmentation.views > 1:
+        raise InputError(
+            "each example was trained on in several views, and attacks look for one row of each",
+            where=path,
+            do="Audit a run with augmentation.views = 1",
+        )
     here = scenario.engine.model_copy(update={"kind": "local"})
     scenario = scenario.model_copy(update={"engine": here})
-    head = _head(path, summary)
+    head = read_head(path, summary)
     opened = open_data(scenario)
     built = make_federation(opened, progress)
     if built.features.examples.identity != summary.get("data", {}).get("fingerprint"):
@@ -135,7 +141,8 @@ def reopen(path: Path, progress: ExtractionProgress | None = None) -> Reopened:
     return Reopened(path, scenario, summary, head, opened, built, canaries, trained)
 
 
-def _head(path: Path, summary: Mapping[str, Any]) -> Head:
+def read_head(path: Path, summary: Mapping[str, Any]) -> Head:
+    """The head that a run ended with. Raises InputError where it is gone or is another."""
     try:
         head: Head = load_file(path / HEAD)
     except (OSError, SafetensorError) as error:

@@ -313,7 +313,12 @@ def _step(
 
 
 def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Scores [n, C] of one head of any form for features [n, D]; autograd passes through.
+    """Scores [n, C] of one head of any form for features [n, D]; autograd passes through."""
+    return classify(head, entering(head, x))
+
+
+def entering(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What enters a head's last layer, [n, H], from features [n, D].
 
     Only here may a head begin with a random Fourier map, ``fourier.weight`` [R, D] and
     ``fourier.bias`` [R]: it is solved for, never trained.
@@ -323,8 +328,33 @@ def forward(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     if "fourier.weight" in head:
         omega, shift = head["fourier.weight"], head["fourier.bias"]
         x = (2 / len(omega)) ** 0.5 * torch.cos(torch.addmm(shift, x, omega.T))
-        head = {name: own for name, own in head.items() if not name.startswith("fourier.")}
-    *hidden, last = layer_names(head)
-    for name in hidden:
+    plain = {n: own for n, own in head.items() if not n.startswith("fourier.") and n not in SCALES}
+    for name in layer_names(plain)[:-1]:
         x = torch.relu(torch.addmm(head[name + "bias"], x, head[name + "weight"].T))
-    return torch.addmm(head[last + "bias"], x, head[last + "weight"].T)
+    return x
+
+
+SCALES = ("cosine.scale", "prototype.scale")
+"""The tensor that says of a head that it is of this kind."""
+
+
+def classify(head: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Scores [n, C] of a head's last layer for what enters it, [n, H].
+
+    Linear: <x, w> + b. Cosine: s <x, w> / (|x| |w|) + b (Gidaris and Komodakis 2018, 1804.09458,
+    equation 3). Prototype: -s |x - w|^2 / H + b (Snell et al. 2017, 1703.05175, equation 2), less
+    -s |x|^2 / H, which is the same for every class and changes no softmax.
+
+    Deviations: both papers have no bias; here it starts at zero and takes up class frequencies,
+    which priors shift. Distances are divided by H, so that a scale means the same at any width.
+    """
+    import torch
+    from torch.nn.functional import normalize
+
+    weight, bias = head["weight"], head["bias"]
+    if "cosine.scale" in head:
+        return torch.addmm(bias, head["cosine.scale"] * normalize(x), normalize(weight).T)
+    if "prototype.scale" in head:
+        near = 2 * torch.mm(x, weight.T) - weight.square().sum(1)
+        return bias + head["prototype.scale"] / x.shape[1] * near
+    return torch.addmm(bias, x, weight.T)

@@ -10,7 +10,7 @@ examples, which favours it. All in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fedtl.clients.blocks import labels_of, one_blas_thread, run_blocks
 from fedtl.clients.evaluation import Right
 from fedtl.plans import Personal, RoundPlan
-from fedtl.types import ClientMetrics, Float64, Head, Int32, Int64, Population
+from fedtl.types import LAST, ClientMetrics, Float64, Head, Int32, Int64, Population
 
 ROWS = 256
 """Rows judged at once."""
@@ -180,9 +180,22 @@ def shared_view(population: Population, head: Head, rows: Int64) -> tuple[Float6
             head[f"hidden.{i}.{kind}"].astype(np.float64) for kind in ("weight", "bias")
         )
         seen = np.maximum(seen @ weight.T + bias, 0)
-    scores = seen @ head["weight"].astype(np.float64).T + head["bias"]
+    scores = _scores({name: head[name].astype(np.float64) for name in head if name in LAST}, seen)
     scores = np.exp(scores - scores.max(axis=1, keepdims=True))
     return seen, scores / scores.sum(axis=1, keepdims=True)
+
+
+def _scores(last: Mapping[str, Float64], seen: Float64) -> Float64:
+    """Scores [m, C] of a head's last layer."""
+    if set(last) == {"weight", "bias"}:
+        return np.asarray(seen @ last["weight"].T + last["bias"])
+    import torch
+
+    from fedtl.clients.batched import classify
+
+    torch.set_num_threads(1)
+    tensors = {name: torch.from_numpy(own) for name, own in last.items()}
+    return np.asarray(classify(tensors, torch.from_numpy(seen)).numpy())
 
 
 def _parts(rows: Int64) -> Iterator[Int64]:

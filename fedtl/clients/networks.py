@@ -24,15 +24,21 @@ Network = Callable[[Mapping[str, "torch.Tensor"], "torch.Tensor"], "torch.Tensor
 
 
 @contextmanager
-def network(tail: Tail | None, training: bool = False) -> Iterator[Network]:
-    """What stands between the cut and the head, for one thread; nothing at all without a tail."""
+def network(
+    tail: Tail | None, training: bool = False, still: tuple[str, ...] = ()
+) -> Iterator[Network]:
+    """What stands between the cut and the head, for one thread; nothing at all without a tail.
+
+    Args:
+        training, still: see ``OpenTail.running``.
+    """
     if tail is None:
         yield lambda tensors, x: x
         return
     from fedtl.transfer.tails import open_tail
 
     opened = open_tail(tail)
-    with opened.running(training) as module:
+    with opened.running(training, still) as module:
         yield lambda tensors, x: opened.forward(module, tensors, x)
 
 
@@ -42,12 +48,22 @@ def head_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scores(
-    tensors: Mapping[str, torch.Tensor], x: torch.Tensor, through: Network | None = None
+    tensors: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    through: Network | None = None,
+    dropped: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Scores [n, C] from activations [n, A]; autograd passes through."""
-    from fedtl.clients.batched import forward
+    """Scores [n, C] from activations [n, A]; autograd passes through.
 
-    return forward(head_of(tensors), x if through is None else through(tensors, x))
+    Args:
+        through: the network before the head, None for none.
+        dropped: what is done to what enters the head's last layer [n, H], None for nothing.
+    """
+    from fedtl.clients.batched import classify, entering
+
+    head = head_of(tensors)
+    x = entering(head, x if through is None else through(tensors, x))
+    return classify(head, x if dropped is None else dropped(x))
 
 
 def judge(

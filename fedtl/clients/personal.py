@@ -144,8 +144,9 @@ def _put_together(place: Place, head: Head, plan: RoundPlan) -> Stacked:
     if own and not known.all():
         last = "weight" in own
         newcomers = training_of(plan.part(~known), layers="last" if last else "hidden")
-        for name, tensor in place.train(head, newcomers).tensors.items():
-            heads[name][~known] = tensor
+        trained = place.train(head, newcomers).tensors
+        for name in own:
+            heads[name][~known] = trained[name]
     return heads
 
 

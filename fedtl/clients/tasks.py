@@ -9,7 +9,7 @@ from functools import partial
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.clients.training import train_clients
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientUpdates, Head, Population
+from fedtl.types import MERGED, ClientUpdates, Head, Population
 
 
 def do_task(
@@ -62,6 +62,9 @@ def do_task(
 
         train = partial(train_private, secure=secure)
     updates = train(population, head, plain, threads=threads, device=device, block_size=block_size)
+    if any(name.endswith(MERGED) for name in head):
+        kept = {n: own for n, own in updates.tensors.items() if not n.endswith(MERGED)}
+        updates = replace(updates, tensors=kept)
     sent = {name: tensor for name, tensor in head.items() if name in updates.tensors}
     return _protected(updates, sent, plan, store, population, threads, secure)
 

@@ -21,7 +21,7 @@ import numpy as np
 from fedtl.clients.blocks import block_rows, frozen, label_error, readable, run_blocks
 from fedtl.errors import InputError
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientUpdates, Float32, Head, LocalTraining, Population
+from fedtl.types import TAIL, ClientUpdates, Float32, Head, LocalTraining, Population
 
 LINEAR = frozenset({"weight", "bias"})
 
@@ -215,10 +215,25 @@ def check_heads(
             got=f"shape {first.shape}",
             allowed=f"[C, {width}]",
         )
+    check_tail(population, head)
     if initial is None:
         return {name: np.asarray(tensor)[None] for name, tensor in head.items()}
     check_stacked(initial, head, num_clients, "the clients' own starts")
     return {name: initial[name] for name in head}
+
+
+def check_tail(population: Population, head: Head) -> None:
+    """Raise InputError for tensors that are not those behind this population's cut."""
+    tail = population.tail
+    own = {} if tail is None else {n: tail.tensors[n].shape for n in tail.recipe["trained"]}
+    given = {n[len(TAIL) :]: head[n].shape for n in head if n.startswith(TAIL)}
+    if given != own:
+        odd = sorted(name for name in {*given, *own} if given.get(name) != own.get(name))
+        raise InputError(
+            "the head does not fit the network behind the cut",
+            got=", ".join(f"{name}: {given.get(name)}" for name in odd[:3]),
+            allowed=", ".join(f"{name}: {own.get(name)}" for name in odd[:3]),
+        )
 
 
 def check_stacked(given: Mapping[str, Float32], head: Head, num_clients: int, what: str) -> None:

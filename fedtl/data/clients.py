@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -129,6 +129,67 @@ def stratified_test(client: Int32, keys: UInt64, labels: Int32, test_fraction: f
     is_test = np.empty(len(client), dtype=np.bool_)
     is_test[order] = chosen
     return is_test
+
+
+def few_shot(split: ClientSplit, labels: Int32, shots: int, seed: int) -> ClientSplit:
+    """Each client's training rows cut down to ``shots`` of a class at most; test rows all stay.
+
+    Which ones follows from the seed, the client's name, its labels and the order of its rows, so a
+    real client draws those of its simulated self; and five shots are among ten.
+
+    Args:
+        labels: int32 [N].
+        shots: at least 1.
+    """
+    rows, counts = split.train.index, split.train.counts
+    client = np.repeat(np.arange(len(counts)), counts)
+    keys = seeding.named_keys(seed, "shots", split.names)
+    place = np.arange(len(rows)) - split.train.offsets[client]
+    order = np.lexsort((seeding.counted(keys[client], place), labels[rows], client))
+    group = np.stack([client[order], labels[rows][order]])
+    begins = np.ones(len(order), np.bool_)
+    begins[1:] = (np.diff(group) != 0).any(axis=0)
+    first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
+    chosen = np.zeros(len(rows), np.bool_)
+    chosen[order] = np.arange(len(order)) - first < shots
+    kept = np.bincount(client[chosen], minlength=len(counts))
+    offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
+    return replace(split, train=Rows(rows[chosen], offsets))
+
+
+def used_rows(split: ClientSplit) -> Int64:
+    """Rows that anybody trains or is judged on, int64 [n], ascending."""
+    return np.sort(np.concatenate([split.train.index, split.test.index]))
+
+
+def on_rows(split: ClientSplit, keep: Int64) -> ClientSplit:
+    """The same split once only the rows ``keep`` (ascending) are left, and numbered anew.
+
+    A client that has nothing left to train on is among the excluded.
+    """
+    parts = []
+    for rows in (split.train, split.test):
+        client = np.repeat(np.arange(len(rows.counts)), rows.counts)
+        left = np.isin(rows.index, keep)
+        parts.append((np.searchsorted(keep, rows.index[left]), client[left]))
+    (train, trainer), (test, tester) = parts
+    num = len(split.names)
+    stays = np.bincount(trainer, minlength=num) > 0
+
+    def of(rows: Int64, client: Int64) -> Rows:
+        counts = np.bincount(client, minlength=num)[stays]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Rows(rows[stays[client]], offsets)
+
+    names, domains = np.array(split.names, object), np.array(split.domains, object)
+    gone = tuple((name, 0) for name in names[~stays])
+    return ClientSplit(
+        of(train, trainer),
+        of(test, tester),
+        tuple(names[stays]),
+        tuple(domains[stays]),
+        (*split.excluded, *gone),
+    )
 
 
 _DRAWS = 2

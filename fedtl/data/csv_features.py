@@ -59,6 +59,8 @@ def read_csv(path: Path) -> dict[str, AnyArray]:
     if not path.is_file():
         raise InputError("no such .csv file", where="data.path", got=str(path))
     header = read_header(path)
+    if problems := _feature_problems(header):
+        raise data_problems(str(path), problems)
     _check_size(path, len(header))
     try:
         return _read(path, header)
@@ -83,12 +85,13 @@ def read_header(path: Path) -> list[str]:
             "the first line is too long for a header", where=str(path), allowed="4 MiB"
         )
     names = next(csv.reader([text]), [])
-    if problems := _header_problems(names, text):
+    if problems := header_problems(names, text):
         raise data_problems(str(path), problems)
     return names
 
 
-def _header_problems(names: Sequence[str], line: str) -> list[str]:
+def header_problems(names: Sequence[str], line: str) -> list[str]:
+    """What is wrong with the first line of any table."""
     if not names:
         return ["the file is empty"]
     if len(names) == 1 and any(mark in line for mark in ";\t"):
@@ -100,6 +103,12 @@ def _header_problems(names: Sequence[str], line: str) -> list[str]:
         problems.append("a column has no name")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"columns twice: {', '.join(map(repr, twice[:SHOWN]))}")
+    return problems
+
+
+def _feature_problems(names: Sequence[str]) -> list[str]:
+    """What a table of features lacks."""
+    problems = []
     given = [name for name in LABELS if name in names]
     if not given:
         near = nearest("label", names) or nearest("y", names)
@@ -161,10 +170,10 @@ def _read(path: Path, header: Sequence[str]) -> dict[str, AnyArray]:
     for name in words:
         key = "y" if name in LABELS else name
         values = np.concatenate(texts[name])
-        bad = _bad_words(values, name)
+        bad = bad_words(values, name)
         problems += bad
         if not bad:
-            columns[key] = _coded(values, name)
+            columns[key] = coded(values, name)
     if problems:
         raise data_problems(str(path), problems)
     return columns
@@ -214,11 +223,12 @@ def _bad_cells(path: Path, header: Sequence[str], features: Sequence[str]) -> li
                 shown = (first + np.flatnonzero(rows)[:SHOWN]).tolist()
                 places.setdefault((name, what), []).extend(shown)
         first += len(chunk)
-    return [_told(*key, count, places[key]) for key, count in counts.items() if count]
+    return [told(*key, count, places[key]) for key, count in counts.items() if count]
 
 
-def _bad_words(values: AnyArray, name: str) -> list[str]:
-    """What is wrong with a column of labels, domains, clients or splits."""
+def bad_words(values: AnyArray, name: str, role: str | None = None) -> list[str]:
+    """What is wrong with a column of labels, domains, clients or splits; ``role`` is which."""
+    role = role or name
     texts = [str(value).strip() for value in values.tolist()]
     kinds = {
         "no value": [i for i, text in enumerate(texts) if not text],
@@ -226,32 +236,32 @@ def _bad_words(values: AnyArray, name: str) -> list[str]:
             i for i, text in enumerate(texts) if len(text) > MAX_WORD or not text.isprintable()
         ],
     }
-    if name == "split":
+    if role == "split":
         kinds["neither train, test, 0, 1, true nor false"] = [
             i for i, text in enumerate(texts) if text and text.lower() not in SPLITS
         ]
-    if name in LABELS and all(_is_number(text) for text in texts):
+    if role in LABELS and all(_is_number(text) for text in texts):
         kinds["neither a whole number nor a name"] = [
             i for i, text in enumerate(texts) if not re.fullmatch(r"-?[0-9]+", text)
         ]
-    return [_told(name, what, len(rows), rows) for what, rows in kinds.items() if rows]
+    return [told(name, what, len(rows), rows) for what, rows in kinds.items() if rows]
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", text) is not None
 
 
-def _coded(values: AnyArray, name: str) -> AnyArray:
+def coded(values: AnyArray, role: str) -> AnyArray:
     """The column's values: bool for a split, int64 if all are whole numbers, else str."""
     texts = [str(value).strip() for value in values.tolist()]
-    if name == "split":
+    if role == "split":
         return np.array([SPLITS[text.lower()] for text in texts])
     if all(_WHOLE.fullmatch(text) for text in texts):
         return np.array([int(text) for text in texts], dtype=np.int64)
     return np.array(texts)
 
 
-def _told(name: str, what: str, count: int, rows: list[int]) -> str:
+def told(name: str, what: str, count: int, rows: list[int]) -> str:
     """One problem; rows are counted as a spreadsheet shows them, the header being row 1."""
     shown = ", ".join(str(row + 2) for row in rows[:SHOWN]) + (", ..." if count > SHOWN else "")
     return f"column {name!r}: {what} in {count} row{'s' if count > 1 else ''}: {shown}"

@@ -90,7 +90,8 @@ def build_examples(
         domains, domain_names = numbered([folder.partition("/")[0] for folder in folders])
     clients, client_names, dealt = None, tuple[str, ...](), ""
     if data.client_pattern is not None:
-        clients, client_names = numbered(clients_of(names, data.client_pattern))
+        found = named_by(names, data.client_pattern, "data.client_pattern", "client")
+        clients, client_names = numbered(found)
         dealt = content_hash("pattern", clients, client_names)
     fingerprint = content_fingerprint(digests, labels, classes, domains, domain_names)
     images = FileImages(files, paths, data.max_pixels)
@@ -120,8 +121,12 @@ def class_of(folder: str, data: Data) -> str:
     return folder if data.classes == "path" else folder.rpartition("/")[2]
 
 
-def clients_of(paths: Sequence[str], pattern: str) -> list[str]:
-    """Whose each image is: what the groups of the pattern hold in its path, joined with "-".
+def named_by(paths: Sequence[str], pattern: str, where: str, what: str) -> list[str]:
+    """What the groups of a pattern hold in each path, joined with "-": its client, its class.
+
+    Args:
+        where: the scenario's key that holds the pattern.
+        what: what it finds, for messages.
 
     Raises:
         InputError: a path in which the pattern is not found, or only without its groups.
@@ -131,8 +136,8 @@ def clients_of(paths: Sequence[str], pattern: str) -> list[str]:
     names = ["-".join(group or "" for group in match.groups()) if match else "" for match in found]
     if astray := [path for path, name in zip(paths, names, strict=True) if not name.strip("-")]:
         raise InputError(
-            f"finds no client in {len(astray)} of {len(paths)} paths",
-            where="data.client_pattern",
+            f"finds no {what} in {len(astray)} of {len(paths)} paths",
+            where=where,
             got=f"{pattern!r}; e.g. {_some(astray)}",
             do=r"Its group must match in every path, e.g. _(\d+)\.png$",
         )
@@ -162,31 +167,36 @@ def hash_files(read: Callable[[str], bytes], paths: Sequence[str]) -> tuple[byte
 
 
 def layout_problems(
-    paths: Sequence[str], folders: Iterable[str], data: Data, one_client: bool = False
+    paths: Sequence[str],
+    folders: Iterable[str],
+    data: Data,
+    one_client: bool = False,
+    what: str = "image",
+    extensions: Sequence[str] = EXTENSIONS,
 ) -> list[str]:
-    """Everything wrong with where the images lie; empty where all is well."""
+    """Everything wrong with where the images, or what else it is, lie; empty where all is well."""
     with_domains = data.domains
     depth = 2 if with_domains else 1
-    form = "<domain>/<class>/<image>" if with_domains else "<class>/<image>"
+    form = f"<domain>/<class>/<{what}>" if with_domains else f"<class>/<{what}>"
     if not paths:
-        return [f"no image in it ({form} with {' '.join(EXTENSIONS)})"]
+        return [f"no {what} in it ({form} with {' '.join(extensions)})"]
     astray = [path for path in paths if path.count("/") != depth]
     if len(astray) == len(paths):
         other = {3 - depth} == {path.count("/") for path in paths}
         switch = ""
         if other and not one_client:  # a client of its own has no scenario to set it in
             switch = f"; try --set data.domains={str(not with_domains).lower()}"
-        return [f"no image lies as {form}, but e.g. as {printable(astray[0])}{switch}"]
+        return [f"no {what} lies as {form}, but e.g. as {printable(astray[0])}{switch}"]
     problems = []
     if astray:
-        problems.append(f"{len(astray)} images do not lie as {form}: {_some(astray)}")
+        problems.append(f"{len(astray)} {what}s do not lie as {form}: {_some(astray)}")
     used = {path.rpartition("/")[0] for path in paths}
     empty = [folder for folder in folders if folder.count("/") == depth - 1 and folder not in used]
     if with_domains:
         owners = {folder.partition("/")[0] for folder in folders if "/" in folder}
         empty += [folder for folder in folders if "/" not in folder and folder not in owners]
     if empty:
-        problems.append(f"folders without an image: {_some(sorted(empty))}")
+        problems.append(f"folders without {'an' if what == 'image' else 'a'} {what}: {_some(sorted(empty))}")
     held: dict[str, set[str]] = defaultdict(set)
     for folder in sorted(used):
         if folder.count("/") == depth - 1:

@@ -40,6 +40,16 @@ def content_hashes(rows: npt.NDArray[np.generic]) -> Hashes:
     return np.frombuffer(hashes, dtype=np.uint8).reshape(len(rows), HASH_BYTES)
 
 
+def row_hashes(examples: Examples) -> Hashes:
+    """Of every row as it came: a table's before anybody scales it, or ready features."""
+    table = examples.table
+    if table is None:
+        return content_hashes(np.asarray(examples.features))
+    # a missing value has many bit patterns as a number
+    numbers = np.where(np.isnan(table.numeric), np.nan, table.numeric + 0.0)
+    return content_hashes(np.concatenate([numbers, table.codes], axis=1))
+
+
 def find_leaks(content: Hashes, split: ClientSplit, examples: Examples) -> LeakReport:
     """Look for identical content among the rows that are in use.
 

@@ -8,6 +8,10 @@ from fedtl.data.arrays import load_arrays
 from fedtl.data.digits import load_digits
 from fedtl.data.examples import Examples
 from fedtl.data.folder import load_folder
+from fedtl.data.hub_sets import load_datasets
+from fedtl.data.sound import load_sound
+from fedtl.data.tables import load_table
+from fedtl.data.texts import load_texts
 from fedtl.data.torchvision_sets import load_torchvision
 from fedtl.errors import unknown_name
 from fedtl.scenario.schema import Data
@@ -17,6 +21,10 @@ SOURCES: Mapping[str, Callable[[Data], Examples]] = {
     "folder": load_folder,
     "arrays": load_arrays,
     "torchvision": load_torchvision,
+    "texts": load_texts,
+    "datasets": load_datasets,
+    "table": load_table,
+    "sound": load_sound,
 }
 
 

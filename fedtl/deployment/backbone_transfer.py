@@ -1,8 +1,9 @@
 """The backbone on its way to the clients: announced by hash, sent once in pieces, kept by hash.
 
-A node that has the weights is sent nothing, and nothing but a file is ever sent. What comes is
+A node that has the weights is sent nothing, and nothing but one file is ever sent. What comes is
 written to ``$FEDTL_CACHE/weights`` alone, checked for size and SHA-256 before it gets its name, and
-read by ``transfer.weights``, which runs no code from it.
+read by ``transfer.weights`` or ``transfer.onnx_files``, which run no code from it. What is code
+(``hub``, ``module``) or data (``forest``) is announced by no server and believed by no client.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 from fedtl.errors import EnvironmentFault, InputError, SecurityRefusal, machine_fault, writing
 from fedtl.results.files import sync_folder
 from fedtl.scenario import schema
+from fedtl.scenario.backbone_rules import OWN_CODE
 from fedtl.transfer import backbones, weights
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.features import FeatureStore
@@ -33,8 +35,16 @@ PIECE_BYTES = 2**20
 SPARE_BYTES = 16 * 2**20
 """Left free on the disk beside what the weights take."""
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+TENSORS, GRAPH = (".pth", ".pt", ".safetensors"), ".onnx"
+SUFFIXES = (*TENSORS, GRAPH)
 FILE, PACKAGED, RANDOM, IDENTITY = "file", "packaged", "random", "identity"
+"""How a client gets the weights; "identity": there are none to get."""
+
+_NO_WEIGHTS = (backbones.IDENTITY, "fourier", "windows")
+_PACKAGES = (backbones.EMBEDDED, "hf")
+_NEVER = (*OWN_CODE, "forest")
+_OWN_KEYS = ("weights", "sha256", "path", "licence")
+_SENT_KEYS = tuple(key for key in schema.Backbone.model_fields if key not in _OWN_KEYS)
 _HASH = re.compile("[0-9a-f]{64}")
 
 Piece = npt.NDArray[np.uint8]
@@ -42,26 +52,34 @@ Piece = npt.NDArray[np.uint8]
 
 def announce(backbone: Backbone, section: schema.Backbone) -> dict[str, Any]:
     """What a server tells its clients of the backbone; no path, no byte of it."""
-    path, kind = backbone.weights_path, FILE
-    if section.name == backbones.IDENTITY:
-        kind = IDENTITY
-    elif section.weights == "none":
-        kind = RANDOM
-    elif section.name == backbones.EMBEDDED and section.weights == "default":
-        kind = PACKAGED
+    kind, path = _kind(section), backbone.weights_path
     facts: dict[str, Any] = {
-        "name": section.name,
-        "image_size": section.image_size,
-        "feature_dtype": section.feature_dtype,
-        "extraction": section.extraction,
+        **{key: getattr(section, key) for key in _SENT_KEYS},
         "weights": kind,
         "identity": _plain(backbone.identity()),
     }
     if kind == FILE:
-        assert path is not None
+        if section.name in (*_NEVER, "hf") or path is None:
+            raise InputError(
+                f'backbone "{section.name}" with these weights does not travel to real clients',
+                where="backbone.weights",
+                got=backbone.weights_source,
+                allowed="one weights file; one .onnx file without data beside it; hf: default",
+                do="Export the network as one ONNX file and set backbone.name = 'onnx'",
+            )
         suffix = path.suffix if path.suffix in SUFFIXES else SUFFIXES[0]
         facts |= {"suffix": suffix, "num_bytes": path.stat().st_size}
     return facts
+
+
+def _kind(section: schema.Backbone) -> str:
+    if section.name in _NO_WEIGHTS:
+        return IDENTITY
+    if section.name in _NEVER:
+        return FILE
+    if section.weights == "none":
+        return RANDOM
+    return PACKAGED if section.name in _PACKAGES and section.weights == "default" else FILE
 
 
 @dataclass(frozen=True)
@@ -121,18 +139,25 @@ def read_announcement(facts: Any) -> Announcement:
 
     Raises:
         InputError: it is none.
-        SecurityRefusal: a file of a size or with a name that no weights have.
+        SecurityRefusal: somebody's code, or a file of a size or with a name that no weights have.
     """
     if not isinstance(facts, dict) or not isinstance(facts.get("identity"), dict):
         raise InputError("the server announces no backbone")
     kind = facts.get("weights")
     if kind not in (FILE, PACKAGED, RANDOM, IDENTITY):
         raise InputError("the server announces weights of an unknown kind")
-    keys = ("name", "image_size", "feature_dtype", "extraction")
     try:
-        section = schema.Backbone.model_validate({key: facts.get(key) for key in keys})
+        told = {key: facts[key] for key in _SENT_KEYS if key in facts}
+        section = schema.Backbone.model_validate(told)
     except ValidationError as error:
         raise InputError("the server announces a backbone that fedtl does not know") from error
+    if section.name in _NEVER:
+        raise SecurityRefusal(
+            "the server announces a backbone that would run its code or read data here",
+            got=repr(section.name),
+        )
+    if any(values is not None and len(values) != 3 for values in (section.mean, section.std)):
+        raise InputError("the server announces a backbone for images of other than three colours")
     if kind != FILE:
         return Announcement(section, kind, facts["identity"])
     sha256, suffix, size = (
@@ -140,7 +165,8 @@ def read_announcement(facts: Any) -> Announcement:
         facts.get("suffix"),
         facts.get("num_bytes"),
     )
-    if not isinstance(sha256, str) or not _HASH.fullmatch(sha256) or suffix not in SUFFIXES:
+    fitting = (GRAPH,) if section.name == "onnx" else TENSORS
+    if not isinstance(sha256, str) or not _HASH.fullmatch(sha256) or suffix not in fitting:
         raise SecurityRefusal("the announced weights have no proper hash or file type")
     if type(size) is not int or not 0 < size <= weights.MAX_BYTES:
         raise SecurityRefusal(

@@ -39,7 +39,7 @@ from fedtl.deployment.private_data import (
     Work,
     discreet,
     load_private,
-    source_of,
+    own_data,
 )
 from fedtl.deployment.terms import refuse_other_version
 from fedtl.engines.node import NotPrepared
@@ -126,7 +126,7 @@ class PrivateHost:
         return {
             "name": self.name,
             "classes": list(self._examples.classes),
-            "numbered": session.scenario.data.source == "arrays",
+            "numbered": session.scenario.data.source in ("arrays", "table"),
             "examples": len(self._examples),
             "versions": machine.versions(),
             "cpu": machine.cpu_model(),
@@ -254,6 +254,8 @@ class PrivateHost:
         self._session = session
         for asked in session.tasks:
             self._tell(f"in a round, what leaves is {IN_WORDS[asked]}")
+        if session.scenario.transfer.mode != "head":
+            self._tell("with the head goes what is trained of the network behind the cut")
         for line in session.pledge.words():
             self._tell(line)
         return True
@@ -274,7 +276,7 @@ class PrivateHost:
 
     def _read_terms(self, facts: Mapping[str, Any]) -> Session:
         announced = read_announcement(facts.get("backbone"))
-        own = {"source": source_of(self._data), "path": str(self._data.absolute())}
+        own = own_data(self._data, facts.get("data"))
         keys = ("test_fraction", "on_bad_file", "leakage", "max_pixels")
         try:
             scenario = schema.Scenario.model_validate(
@@ -289,6 +291,7 @@ class PrivateHost:
                     },
                     "adaptation": facts.get("adaptation"),
                     "backbone": announced.section,
+                    "transfer": facts.get("transfer"),
                     "engine": self._engine,
                 }
             )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -24,7 +23,7 @@ from fedtl.deployment.knock import (
     resolve,
     shake_hands,
 )
-from fedtl.deployment.private_data import load_private
+from fedtl.deployment.private_data import first_look
 from fedtl.doctor import Finding, writable
 from fedtl.errors import EnvironmentFault, FedtlError
 from fedtl.transfer.features import FeatureStore
@@ -74,7 +73,7 @@ def examine_client(
 
     Args:
         key_path: of the private key; its stem is the client's name.
-        data: folder, .npz or .csv.
+        data: folder or zip, .npz, .csv or .parquet.
     """
     flight = Preflight()
     join = flight.look("join file", lambda: read_join(join_path), _shown_join)
@@ -85,8 +84,8 @@ def examine_client(
     )
     if join is not None:
         _server(flight, join, key, key_path.stem)
-    classes = flight.look("data", lambda: _classes(data), _shown_classes)
-    flight.classes = classes or {}
+    seen = flight.look("data", lambda: first_look(data), lambda seen: seen[0])
+    flight.classes = {} if seen is None else seen[1]
     flight.findings.append(disk := writable("disk", FeatureStore().root))
     if not disk.ok:
         flight.errors.append(EnvironmentFault(disk.detail))
@@ -134,14 +133,3 @@ def _shown_certificate(certificate: x509.Certificate) -> str:
     if left > WARNING_DAYS:
         return text
     return f"{text}: only {left:.0f} days; ask the server's people to renew it"
-
-
-def _classes(path: Path) -> dict[str, int]:
-    """Examples by class."""
-    examples = load_private(path)
-    counts = np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
-    return dict(zip(examples.classes, counts, strict=True))
-
-
-def _shown_classes(classes: dict[str, int]) -> str:
-    return f"{sum(classes.values()):,} examples in {len(classes)} classes"

@@ -19,14 +19,20 @@ import numpy as np
 from fedtl.build import open_examples, population_of
 from fedtl.clients.alignment import align
 from fedtl.data.arrays import load_arrays
+from fedtl.data.csv_features import LABELS
 from fedtl.data.examples import BadFiles, Examples
+from fedtl.data.files import open_files
 from fedtl.data.folder import load_folder
 from fedtl.data.leakage import find_leaks
-from fedtl.deployment.backbone_transfer import IDENTITY, Announcement
+from fedtl.data.sound import EXTENSIONS, load_sound
+from fedtl.data.table_files import SUFFIXES, column_names
+from fedtl.data.tables import load_table
+from fedtl.deployment.backbone_transfer import Announcement
 from fedtl.deployment.pledge import Pledge
 from fedtl.errors import InputError
 from fedtl.ready_features import allowed_threads, make_features
 from fedtl.scenario import schema
+from fedtl.transfer.backbones import TAKES, open_backbone
 from fedtl.types import Int32, Population
 
 T = TypeVar("T")
@@ -139,9 +145,11 @@ class Work:
             raise Told(f"it has {len(mine)} examples, and the scenario wants {least} at least")
         backbone = session.announced.located(self._weights)
         scenario = session.scenario.model_copy(update={"backbone": backbone})
-        if (mine.images is None) != (session.announced.kind == IDENTITY):
-            kinds = ("features", "images") if mine.images is None else ("images", "features")
-            raise Told(f"its data are {kinds[0]}, and the scenario's backbone takes {kinds[1]}")
+        takes = TAKES.get(session.announced.section.name, "images")
+        if mine.kind not in takes:
+            called = {"rows": "features"}
+            given, wanted = (called.get(kind, kind) for kind in (mine.kind, takes))
+            raise Told(f"its data are {given}, and the scenario's backbone takes {wanted}")
         opened = open_examples(scenario, owned(mine, self.order.classes, self._name))
         features = make_features(opened, self._progress)
         leaks = find_leaks(features.content, features.split, features.examples)
@@ -161,14 +169,14 @@ class Work:
             "ready": True,
             "train": int(population.train.counts[0]),
             "test": int(population.test.counts[0]),
-            "width": int(population.features.shape[1]),
+            "width": population.width,
             "domain": population.domains[0],
-            "left_out": len(mine) - len(features.examples),
+            "left_out": len(opened.examples) + features.views - len(features.examples),
             "leaks": leaks.train_test,
             "way": features.facts["way"],
             "seconds": round(features.seconds, 3),
             "fingerprint": keyed(mine.fingerprint, self.order.key),
-            "backbone": opened.backbone.identity(),
+            "backbone": open_backbone(scenario.backbone, scenario.seed).identity(),
         }
         return Ready(population, facts)
 
@@ -177,8 +185,44 @@ class Told(InputError):
     """An error of ours whose ``what`` may be told to the server as it is."""
 
 
+LOADERS: Mapping[str, Callable[..., Examples]] = {
+    "arrays": load_arrays,
+    "folder": load_folder,
+    "table": load_table,
+    "sound": load_sound,
+}
+"""Sources that one client may have."""
+
+TOLD = {
+    "table": ("label", "numeric", "categorical", "categories", "ignore", "scaling"),
+    "sound": ("label_pattern", "rate", "seconds", "mel_bands"),
+}
+"""What a client is told of how its data are read, beside which source they are."""
+
+
+def told_of(data: schema.Data) -> dict[str, Any]:
+    """What a server tells its clients of ``[data]``; no path of its own."""
+    kept = {key: getattr(data, key) for key in TOLD.get(data.source, ())}
+    return {"source": data.source, **kept}
+
+
+def own_data(path: Path, told: Any) -> dict[str, Any]:
+    """A client's ``[data]``: its own path, read as the server says where that can be.
+
+    Raises:
+        InputError: the server's words are none that fedtl knows.
+    """
+    if not isinstance(told, dict):
+        raise InputError("the server does not say how data are read")
+    source = str(told.get("source", ""))
+    own = {"path": str(path.absolute())}
+    if source not in TOLD or (source == "table") != (path.suffix.lower() in SUFFIXES):
+        return own | {"source": source_of(path)}
+    return own | {"source": source} | {key: told.get(key) for key in TOLD[source]}
+
+
 def source_of(path: Path) -> str:
-    """Which data source reads a client's path."""
+    """Which data source reads a client's path, as long as nothing is said of it."""
     return "arrays" if path.suffix.lower() in (".npz", ".csv") else "folder"
 
 
@@ -186,8 +230,9 @@ def load_private(path: Path, section: schema.Data | None = None) -> Examples:
     """A client's own data; one class will do.
 
     Args:
-        path: a folder or .zip of ``<class>/<image>``, an .npz, or a .csv of features.
-        section: the limits to read it with; default the scenario's defaults.
+        path: a folder or .zip of ``<class>/<image>`` or of wav files, an .npz, or a .csv of
+            features or any table.
+        section: how to read it; default the scenario's defaults.
 
     Raises:
         InputError: whatever is wrong with it. For the client's own eyes.
@@ -195,8 +240,35 @@ def load_private(path: Path, section: schema.Data | None = None) -> Examples:
     if section is None:
         facts = {"source": source_of(path), "path": str(path.absolute())}
         section = schema.Data.model_validate(facts)
-    load = load_arrays if section.source == "arrays" else load_folder
-    return load(section, one_client=True)
+    return LOADERS[section.source](section, one_client=True)
+
+
+def first_look(path: Path) -> tuple[str, dict[str, int]]:
+    """What can be said of a client's data before a server says how they are read.
+
+    Returns:
+        One line, and examples by class; none where only the scenario knows what a column is.
+
+    Raises:
+        InputError: they can be nothing that any scenario reads.
+    """
+    table = path.suffix.lower() in SUFFIXES
+    if table and not set(LABELS) & set(names := column_names(path)):
+        return f"a table of {len(names)} columns; the scenario says which is what", {}
+    try:
+        examples = load_private(path)
+    except InputError as error:
+        if table and len(column_names(path)) > 1:
+            return f"no table of ready features ({error.what}); the scenario says what is what", {}
+        sounds = 0
+        if not table and (path.is_dir() or path.suffix.lower() == ".zip"):
+            sounds = sum(name.lower().endswith(EXTENSIONS) for name in open_files(path).paths)
+        if not sounds:
+            raise
+        return f"{sounds:,} recordings", {}
+    counts = np.bincount(examples.labels, minlength=len(examples.classes)).tolist()
+    line = f"{len(examples):,} examples in {len(examples.classes)} classes"
+    return line, dict(zip(examples.classes, counts, strict=True))
 
 
 def owned(examples: Examples, classes: tuple[str, ...], name: str) -> Examples:

@@ -34,7 +34,7 @@ from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy, notes_of, protected
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
-from fedtl.transfer.heads import initial_head
+from fedtl.transfer.tails import first_head, open_network
 
 if TYPE_CHECKING:
     from fedtl.engines.flower_engine import FlowerEngine
@@ -201,7 +201,8 @@ def _prepare(
         **gathered.identity,
     }
     check_cohort(scenario, roster.num_clients)
-    head = initial_head(scenario.head, roster.width, len(roster.classes), scenario.seed)
+    _, tail = open_network(scenario.backbone, scenario.transfer, scenario.seed)
+    head = first_head(scenario, tail, roster.width, len(roster.classes))
     strategy, promise = make_strategy(scenario, roster.names), promise_to(scenario, roster)
     strategy = protected(strategy, scenario, promise, roster.train)
     if promise is not None:
@@ -232,12 +233,7 @@ def _prepare(
             "leaks_train_test": sum(int(facts[name]["leaks"]) for name in roster.names),
             "leaks_between_clients": None,  # nobody sees everybody's data
         },
-        backbone={
-            "name": backbone.name,
-            "cut": backbone.cut,
-            "weights_sha256": backbone.weights_hash,
-            "weights_source": backbone.weights_source,
-        },
+        backbone=backbone.card(),
         extract_seconds=seconds,
         notes=[
             *(f"{name} is left out: {reason}" for name, reason in gathered.left_out.items()),

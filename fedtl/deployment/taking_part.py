@@ -16,7 +16,7 @@ from fedtl.deployment.host import PrivateHost
 from fedtl.deployment.join import JoinFile, read_join
 from fedtl.deployment.keys import PRIVATE, check_name, public_of, read_private
 from fedtl.deployment.pledge import check_demands
-from fedtl.deployment.private_data import load_private
+from fedtl.deployment.private_data import first_look
 from fedtl.engines.node import MASKED, Node, Sent
 from fedtl.errors import InputError
 from fedtl.interrupts import Interrupts
@@ -72,7 +72,7 @@ def take_part(
     key_path = folder / (check_name(name) + PRIVATE)
     key = read_private(key_path, insecure_permissions=insecure_permissions)
     device = _device(device)
-    examples = load_private(data)
+    seen, _ = first_look(data)
     audit_path = folder / (name + AUDIT)
 
     def tell(line: str) -> None:
@@ -80,7 +80,7 @@ def take_part(
 
     with closing(AuditLog(audit_path, **_facts(join, name))) as log:
         tell(f"{name}  {public_of(key).fingerprint}")
-        tell(f"{len(examples):,} examples in {len(examples.classes)} classes")
+        tell(seen)
         authority = fingerprint(join.certificate())
         tell_all = LEAVES.format(address=join.address, audit=audit_path, authority=authority)
         for line in tell_all.splitlines():

@@ -8,6 +8,7 @@ from typing import Any
 from fedtl import machine
 from fedtl.deployment.backbone_transfer import announce
 from fedtl.deployment.pledge import pledge_facts
+from fedtl.deployment.private_data import told_of
 from fedtl.errors import EnvironmentFault
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import tasks_of
@@ -32,10 +33,12 @@ def make_terms(
         "on_bad_file": scenario.data.on_bad_file,
         "leakage": scenario.data.leakage,
         "max_pixels": scenario.data.max_pixels,
+        "data": told_of(scenario.data),
         "min_examples": scenario.clients.min_examples,
         "tasks": tasks_of(scenario),
         "adaptation": {name: getattr(scenario.adaptation, name) for name in ("input", "features")},
         "backbone": announce(backbone, scenario.backbone),
+        "transfer": scenario.transfer.model_dump(),
         "versions": machine.versions(),
         **pledge_facts(scenario, settled),
     }

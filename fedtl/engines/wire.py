@@ -40,7 +40,7 @@ from fedtl.types import (
     LocalTraining,
 )
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever an older server or client could misread what is sent."""
 
 SECURE_PHASES = ("secagg_keys", "secagg_shares", "secagg_reveal")
@@ -82,7 +82,7 @@ COLUMNS = {"noise_keys": np.uint64, "weights": np.float64}
 METRICS = tuple(ClientMetrics.__dataclass_fields__)
 LARGEST_ANSWER = 2**31
 """Bytes of what the clients of one request may be asked for together."""
-MAX_TENSORS, MAX_AXES, MAX_HEADER = 64, 8, 2**22
+MAX_TENSORS, MAX_AXES, MAX_HEADER = 2**13, 8, 2**22
 
 
 def pack(facts: Mapping[str, Any], tensors: Tensors) -> bytes:
@@ -258,7 +258,7 @@ def _bounded(plan: RoundPlan, head: Head) -> None:
         refuse("it asks for an impossible number of neighbours", plan.personal.neighbours)
     if plan.weights is not None and not ((plan.weights > 0) & (plan.weights <= 1)).all():
         refuse("its weights in the sum are not above 0 and at most 1")
-    if plan.protection is not None and (flaw := flaw_of(plan.protection)):
+    if flaw := flaw_of(plan):
         refuse(flaw, plan.protection)
     if "weight" not in head or head["weight"].ndim != 2:
         refuse("it has no head")

@@ -2,17 +2,21 @@
 
 With a frozen trunk and a linear head the problem is convex, so there is one right answer and a
 full-batch quasi-Newton method (L-BFGS, Liu and Nocedal 1989) finds it; an MLP head gets the same
-method and reaches a local optimum.
+method and reaches a local optimum. What stands behind a cut is trained as the clients train it: by
+the scenario's steps, as if one client held all examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedtl.types import Head, Int64, Population
+from fedtl import seeding
+from fedtl.clients.training import train_clients
+from fedtl.plans import RoundPlan
+from fedtl.types import Head, Int64, LocalTraining, Population, Rows
 
 TOLERANCE = 1e-4
 """Largest entry of the gradient (of the mean loss) at which training counts as converged."""
@@ -114,3 +118,41 @@ def fit_pooled(
     gradient = max(float(t.grad.abs().max()) for t in tensors.values() if t.grad is not None)
     fitted = {name: t.detach().cpu().numpy().astype(np.float32) for name, t in tensors.items()}
     return PooledFit(fitted, last, gradient, evaluations)
+
+
+def train_pooled(
+    population: Population,
+    head: Head,
+    trainings: Sequence[LocalTraining],
+    seed: int,
+    *,
+    device: str = "cpu",
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Head, float]:
+    """Train one head, and what is before it, by SGD on everybody's training rows together.
+
+    Args:
+        trainings: what a client does in each round, its learning rate on schedule.
+        seed: of the batch order.
+        check: called before each round; may raise to stop.
+
+    Returns:
+        The head after the last round, and the mean loss of the last round's first epoch in nats.
+    """
+    rows = np.sort(population.train.index)
+    together = replace(
+        population,
+        train=Rows(rows, np.array([0, len(rows)])),
+        test=Rows(rows[:0], np.zeros(2, np.int64)),
+        names=("everybody",),
+        domains=("",),
+    )
+    one, loss = np.zeros(1, np.int64), float("nan")
+    for round, training in enumerate(trainings, 1):
+        check()
+        keys = seeding.client_keys(seed, "centralised", round, one)
+        plan = RoundPlan(round, one, keys, training)
+        updates = train_clients(together, head, plan, device=device)
+        head = {name: tensor[0] for name, tensor in updates.tensors.items()}
+        loss = float(updates.loss[0])
+    return head, loss

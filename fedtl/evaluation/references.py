@@ -19,7 +19,7 @@ from fedtl.clients.evaluation import Right, evaluate_clients, evaluate_heads, ev
 from fedtl.clients.training import train_clients
 from fedtl.evaluation.answers import Answers
 from fedtl.evaluation.metrics import PerClient, defined, overall, per_client
-from fedtl.evaluation.pooled import fit_pooled
+from fedtl.evaluation.pooled import fit_pooled, train_pooled
 from fedtl.plans import RoundPlan
 from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, Population, join_metrics
 
@@ -208,6 +208,23 @@ def judge_pooled(
         converged=fit.converged,
     )
     return replace(judgement, head=fit.head)
+
+
+def judge_pooled_steps(
+    judge: Judge,
+    head: Head,
+    trainings: Sequence[LocalTraining],
+    seed: int,
+    check: Callable[[], None] = lambda: None,
+) -> Judgement:
+    """The same where a network before the head is trained too: by the clients' steps, pooled."""
+    fitted, loss = train_pooled(
+        judge.population, head, trainings, seed, device=judge.device, check=check
+    )
+    judgement = judge_shared(judge, fitted)
+    epochs = sum(training.epochs for training in trainings)
+    judgement.facts.update(train_loss=defined(loss), epochs=epochs)
+    return replace(judgement, head=fitted)
 
 
 def from_optimum(

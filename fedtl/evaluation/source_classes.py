@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl.transfer.backbones import EMBEDDED, Backbone
+from fedtl.transfer.backbones import EMBEDDED, OPENERS, Backbone
 from fedtl.types import Float32
 
 NO_SOURCE = "NCE and LEEP are undefined: "
@@ -42,7 +42,9 @@ def source_classifier(backbone: Backbone, width: int) -> SourceClassifier | str:
         backbone: opened; its weights file is read again.
         width: D, of the features.
     """
-    if backbone.weights_path is None:
+    if backbone.name in OPENERS and backbone.name != EMBEDDED:
+        return NO_SOURCE + "the source classes of a trunk from elsewhere are not known."
+    if backbone.weights_path is None or backbone.takes != "images":
         return NO_SOURCE + "there are no weights that were trained on source classes."
     from fedtl.transfer.weights import load_weights
 

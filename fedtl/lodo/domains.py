@@ -35,8 +35,10 @@ class Study:
     of: Int64
 
     def rows(self, domain: int) -> Int64:
-        """All examples of a domain."""
+        """All examples of a domain, as they are."""
         codes, examples = self.ready.examples.domains, self.ready.examples
+        assert codes is not None
+        codes = codes[: len(codes) - self.ready.views]
         return np.flatnonzero(codes == examples.domain_names.index(self.domains[domain]))
 
     def split(self, domain: int) -> ClientSplit:

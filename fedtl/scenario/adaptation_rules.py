@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedtl.errors import InputError, Problem
+from fedtl.scenario.backbone_rules import real_backbone_problems
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import CLOSED_FORMS
+from fedtl.scenario.table_rules import real_table_problems
 
 IN_ROUNDS = ("fedper", "lgfedavg", "fedrep", "fedbabu", "ditto", "pfedme", "apfl")
 """Strategies whose clients train something of their own in every round."""
@@ -190,3 +192,5 @@ def real_problems(scenario: Scenario) -> Iterator[Problem]:
             str(scenario.privacy.canaries),
             "0",
         )
+    yield from real_table_problems(scenario)
+    yield from real_backbone_problems(scenario)

@@ -37,10 +37,11 @@ def find_conflicts(scenario: Scenario) -> list[Problem]:
 def _backbone(scenario: Scenario) -> Iterator[Problem]:
     backbone = scenario.backbone
     if backbone.name == "identity":
-        if scenario.data.source != "arrays":
+        if scenario.data.source not in ("arrays", "table"):
+            given = "texts" if scenario.data.source in ("texts", "datasets") else "images"
             yield Problem(
                 "backbone.name",
-                f'"identity" takes features, and source "{scenario.data.source}" gives images',
+                f'"identity" takes features, and source "{scenario.data.source}" gives {given}',
                 do='Use a pretrained backbone, or data.source = "arrays" with float features',
             )
         for key in ("image_size", "sha256"):

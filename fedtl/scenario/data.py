@@ -42,9 +42,14 @@ class Data(Section):
         description="folder with domains: one class for all folders of a name, or (path) for each "
         "<domain>/<class>, as where character01 of two alphabets are two characters",
     )
+    label_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
+        None,
+        description="sound: regular expression whose groups name the class in a file's path, e.g. "
+        r"^(\d)_ where files are not in class folders",
+    )
     client_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
         None,
-        description="folder: regular expression whose groups name the client in a file's path, "
+        description="folder, sound: regular expression whose groups name the client in a file's path, "
         r"e.g. _(\d+)\.png$ for Omniglot's drawers",
     )
     test_fraction: OpenFraction = Field(
@@ -96,8 +101,9 @@ class Data(Section):
         8000, description="sound: samples a second; recordings of another rate are resampled"
     )
     seconds: Annotated[float, Field(gt=0.0, le=60.0)] = Field(
-        1.0, description="sound: length of what is looked at; shorter ones are padded"
+        1.0, description="sound: length of what is looked at; shorter ones are put amid silence"
     )
-    mel_bands: Annotated[int, Field(ge=8, le=512)] = Field(
-        64, description="sound: height of the log-mel picture"
+    mel_bands: Annotated[int, Field(ge=8, le=512)] | None = Field(
+        None,
+        description="sound: height of the log-mel picture; default a square one, 100 bands for 1 s",
     )

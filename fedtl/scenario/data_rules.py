@@ -6,14 +6,25 @@ import re
 from collections.abc import Iterator
 
 from fedtl.errors import Problem
-from fedtl.scenario.schema import Scenario
+from fedtl.scenario.schema import Data, Scenario
+
+
+ROWS = ("identity", "fourier", "forest", "windows")
+"""Backbones that take rows of numbers and nothing else."""
+
+NEEDS_PATH = {
+    "folder": "a folder of images",
+    "arrays": "an .npz or .csv file",
+    "table": "a .csv or .parquet file",
+    "sound": "a folder or .zip file of wav files",
+}
 
 
 def source(scenario: Scenario) -> Iterator[Problem]:
     """Which keys go with which source."""
     data = scenario.data
-    if data.source in ("folder", "arrays") and data.path is None:
-        what = "a folder of images" if data.source == "folder" else "an .npz or .csv file"
+    if data.source in NEEDS_PATH and data.path is None:
+        what = NEEDS_PATH[data.source]
         yield Problem("data.path", f'source "{data.source}" needs {what}', None, "a path")
     if data.source == "digits" and data.path is not None:
         yield Problem(
@@ -24,19 +35,20 @@ def source(scenario: Scenario) -> Iterator[Problem]:
         )
     if data.source == "torchvision" and data.name is None:
         yield Problem("data.name", 'source "torchvision" needs a data set', None, 'e.g. "CIFAR10"')
-    if data.source != "torchvision" and data.name is not None:
+    if data.source not in ("torchvision", "datasets") and data.name is not None:
         yield Problem(
             "data.name",
             f'source "{data.source}" has no named sets',
             repr(data.name),
             do='Remove it, or set data.source = "torchvision"',
         )
-    if data.domains and data.source != "folder":
+    if data.domains and data.source not in ("folder", "sound"):
         yield Problem(
             "data.domains",
-            f'only source "folder" has a domain level, not "{data.source}"',
+            f'only sources "folder" and "sound" have a domain level, not "{data.source}"',
             "true",
-            do="Remove it: arrays carry a `domain` column, digits have domains of their own",
+            do="Remove it: arrays and tables carry a `domain` column, digits have domains of "
+            "their own",
         )
 
 
@@ -45,14 +57,18 @@ def partition(scenario: Scenario) -> Iterator[Problem]:
     clients, data = scenario.clients, scenario.data
     wants_domains = clients.partition == "domain" or clients.within_domains
     if wants_domains and (
-        data.source == "torchvision" or (data.source == "folder" and not data.domains)
+        data.source == "torchvision" or (data.source in ("folder", "sound") and not data.domains)
     ):
         yield Problem(
             "clients.partition",
             f'a split by domain needs domains, and source "{data.source}" has none here',
             do="Set data.domains = true for a <domain>/<class>/<image> folder",
         )
-    if clients.partition == "natural" and data.source != "arrays" and not data.client_pattern:
+    if (
+        clients.partition == "natural"
+        and data.source in ("digits", "folder", "torchvision", "sound")
+        and not data.client_pattern
+    ):
         yield Problem(
             "clients.partition",
             f'"natural" needs to know whose each example is, and source "{data.source}" does not',
@@ -92,27 +108,33 @@ def folder(scenario: Scenario) -> Iterator[Problem]:
             '"path"',
             '"folder", or data.domains = true',
         )
-    if data.client_pattern is None:
+    yield from _pattern(data, "client_pattern", "client", ("folder", "sound"))
+    yield from _pattern(data, "label_pattern", "class", ("sound",))
+    if data.label_pattern is not None and data.domains:
+        yield Problem(
+            "data.label_pattern", "finds the class anywhere, and there are no folders of domains"
+        )
+
+
+def _pattern(data: Data, key: str, what: str, sources: tuple[str, ...]) -> Iterator[Problem]:
+    """A regular expression that is looked for in paths."""
+    pattern: str | None = getattr(data, key)
+    if pattern is None:
         return
-    if data.source != "folder":
-        yield Problem(
-            "data.client_pattern",
-            f'is looked for in paths of files, and source "{data.source}" has none',
-            repr(data.client_pattern),
-        )
+    where = f"data.{key}"
+    if data.source not in sources:
+        why = f'is looked for in paths of files, and source "{data.source}" has none'
+        if data.source == "folder":
+            why = "is for recordings; images lie in folders of their class"
+        yield Problem(where, why, repr(pattern))
     try:
-        groups = re.compile(data.client_pattern).groups
+        groups = re.compile(pattern).groups
     except (re.error, OverflowError, RecursionError) as error:
-        yield Problem(
-            "data.client_pattern", f"no regular expression: {error}", repr(data.client_pattern)
-        )
+        yield Problem(where, f"no regular expression: {error}", repr(pattern))
     else:
         if not groups:
             yield Problem(
-                "data.client_pattern",
-                "has no group for the client's name",
-                repr(data.client_pattern),
-                r"e.g. _(\d+)\.png$",
+                where, f"has no group for the {what}'s name", repr(pattern), r"e.g. _(\d+)\.png$"
             )
 
 
@@ -121,10 +143,11 @@ def shift(scenario: Scenario) -> Iterator[Problem]:
     shift = scenario.shift
     if len(set(shift.kinds)) < len(shift.kinds):
         yield Problem("shift.kinds", "names one twice", repr(shift.kinds))
-    if shift.kinds and scenario.backbone.name == "identity":
+    if shift.kinds and scenario.backbone.name in ROWS:
         yield Problem(
             "shift.kinds",
-            'shifts are made to images, and backbone "identity" takes ready features',
+            f'shifts are made to images, and backbone "{scenario.backbone.name}" takes ready '
+            "features or rows",
             repr(shift.kinds),
             "[], or a pretrained backbone over images",
         )

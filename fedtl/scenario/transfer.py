@@ -27,7 +27,9 @@ class Backbone(Section):
         "forest: forest, extra_trees, or quantiles",
     )
     path: FilePath | None = Field(
-        None, description="hub: the local clone; forest: the public source set it is fitted on"
+        None,
+        description="hub: the local clone; module: the folder it is imported from (default: this "
+        "one); forest: the public source set it is fitted on",
     )
     weights: str = Field(
         "default",
@@ -85,7 +87,11 @@ class Head(Section):
     hidden: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
         default=[128], description="mlp: widths of the hidden layers"
     )
-    scale: Positive = Field(16.0, description="cosine, prototype: where the trained scale begins")
+    scale: Positive | None = Field(
+        None,
+        description="cosine, prototype: where the trained scale begins; default 16 for cosine, and "
+        "for prototype half the width of what enters it, as of a Gaussian of variance 1",
+    )
     initial: Literal["zeros", "fed3r", "names"] = Field(
         "zeros",
         description="fed3r: round 1 makes a closed-form head to start from; names: zero-shot, the "

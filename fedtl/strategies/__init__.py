@@ -19,6 +19,7 @@ from fedtl.strategies.closed_form import AFL, Fed3R, OneShot
 from fedtl.strategies.drift import FedDyn, FedExP, FedNova, Mime, QFedAvg, Scaffold
 from fedtl.strategies.exact import Lbfgs
 from fedtl.strategies.flower_adapter import FlowerStrategy
+from fedtl.strategies.local_norms import LocalNorms
 from fedtl.strategies.personal import (
     APFL,
     Ditto,
@@ -107,7 +108,8 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
         real: clients are other people's machines.
     """
     section = scenario.strategy
-    notes = [note] if (note := degenerate(section.name, scenario.head.kind)) else []
+    note = degenerate(section.name, scenario.head.kind, scenario.transfer.mode)
+    notes = [note] if note else []
     if scenario.head.initial == "fed3r" and section.name in ROBUST:
         notes.append(
             "the closed-form start of round 1 is a plain sum: the robust rule guards what comes "
@@ -197,6 +199,7 @@ def tasks_of(scenario: Scenario) -> list[str]:
     if name == "mime":
         tasks.append("gradient")
     own = hasattr(build, "personal") and getattr(scenario.strategy, "client_prior", True)
+    own = own or scenario.transfer.batch_norm == "local"
     tuned = "fine_tuned" in scenario.evaluation.references
     if own or tuned or scenario.adaptation.prior in ("logit_adjustment", "bbse"):
         tasks.append("personal")
@@ -220,6 +223,14 @@ def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:
     if "seed" in getattr(build, "__dataclass_fields__", {}):
         given["seed"] = scenario.seed
     strategy = build(**given)
+    transfer = scenario.transfer
+    if transfer.mode == "lora" and transfer.aggregation == "flora":
+        from fedtl.strategies.stacking import Stacking
+
+        assert isinstance(strategy, FedAvg)
+        strategy = Stacking(strategy, transfer.alpha / transfer.rank, scenario.seed)
+    if scenario.transfer.batch_norm == "local":
+        strategy = LocalNorms(strategy)
     return WarmStart(Fed3R(), strategy) if scenario.head.initial == "fed3r" else strategy
 
 

@@ -24,10 +24,12 @@ from fedtl.plans import Personal, RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import ServerState, refuse_overshooting
 from fedtl.strategies.closed_form import Fed3R
-from fedtl.types import ClientUpdates, Float64, Head, Int64
+from fedtl.types import LAST, ClientUpdates, Float64, Head, Int64
 
-LAST = ("weight", "bias")
-"""The tensors of a head's last layer; a linear head has no others."""
+
+def last_layer(head: Head) -> tuple[str, ...]:
+    """The names of the tensors of a head's last layer; a linear head has no others."""
+    return tuple(name for name in head if name in LAST)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class FedPer(InRounds):
 
     def personal(self, state: ServerState) -> Personal:
         """The last layer stays."""
-        return Personal("partial", local=LAST)
+        return Personal("partial", local=last_layer(state.head))
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class FedRep(InRounds):
 
     def personal(self, state: ServerState) -> Personal:
         """The last layer stays."""
-        return Personal("fedrep", local=LAST, epochs=self.head_epochs)
+        return Personal("fedrep", local=last_layer(state.head), epochs=self.head_epochs)
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,12 @@ class FedBABU(InRounds):
 
     def init(self, head: Head, num_clients: int) -> ServerState:
         """Draws the last layer of an MLP head."""
-        if set(head) == set(LAST):
+        if len(last_layer(head)) == len(head):
             return super().init(head, num_clients)
         stream, bound = seeding.generator(self.seed, "fedbabu"), head["weight"].shape[1] ** -0.5
         drawn = {
             name: stream.uniform(-bound, bound, head[name].shape).astype(np.float32)
-            for name in LAST
+            for name in ("weight", "bias")
         }
         return super().init({**head, **drawn}, num_clients)
 
@@ -122,7 +124,7 @@ class FedBABU(InRounds):
 
     def personal(self, state: ServerState) -> Personal:
         """Fine-tuning of all layers at the end."""
-        return Personal("fedbabu", local=LAST, epochs=self.epochs)
+        return Personal("fedbabu", local=last_layer(state.head), epochs=self.epochs)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class PersonalRidge(Fed3R):
 
     def personal(self, state: ServerState) -> Personal:
         """The rhos to choose from; ``scale`` is the temperature, ``local`` what is solved for."""
-        local = LAST if self.bias else LAST[:1]
+        local = LAST[:2] if self.bias else LAST[:1]
         return Personal("ridge", local=local, scale=self.temperature, choices=tuple(self.pulls))
 
 
@@ -218,14 +220,15 @@ def client_prior(counts: Int64) -> Personal:
     return Personal("prior", choices=tuple(logs.tolist()))
 
 
-def degenerate(name: str, head_kind: str) -> str | None:
+def degenerate(name: str, head_kind: str, mode: str = "head") -> str | None:
     """Where, with a frozen trunk and a linear head, a strategy is the same as another; else None.
 
     Args:
         name: of the strategy, as in a scenario.
-        head_kind: "linear" or "mlp".
+        head_kind: as in a scenario; only "mlp" has more than one layer.
+        mode: ``transfer.mode``; what is trained behind a cut are layers below the head.
     """
-    return _SAME.get(name) if head_kind == "linear" else None
+    return None if head_kind == "mlp" or mode != "head" else _SAME.get(name)
 
 
 _SAME = {

@@ -55,6 +55,8 @@ def accept_updates(
         seen.update(reply.clients.tolist())
         blocks.append(reply)
     merged = _merge(blocks, plan, expected)
+    if plan.task == "train":
+        declared_examples = plan.training.trains_on(declared_examples)
     keep, norms, refused = _judge(merged, plan, head, declared_examples, max_norm_ratio)
     planned = set(plan.clients.tolist())
     failures = {k: reason for k, reason in failures.items() if k in planned and k not in seen}

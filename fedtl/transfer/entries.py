@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -178,3 +179,18 @@ def _write_header(file: BinaryIO, shape: tuple[int, int], dtype: np.dtype[Any]) 
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.tell()
+
+
+def folder_bytes(folder: Path) -> int:
+    """What a folder's files take."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def remove_folder(folder: Path) -> int:
+    """Delete a folder of the store where it is there; bytes freed."""
+    if not folder.exists():
+        return 0
+    freed = folder_bytes(folder)
+    with writing("the feature store", folder):
+        shutil.rmtree(folder)
+    return freed

@@ -13,34 +13,35 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from fedtl import machine
 from fedtl.errors import EnvironmentFault, InputError
 from fedtl.results.files import write_atomic
 from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.flops import count_flops
+from fedtl.transfer.onnx_forward import (
+    CPU_BATCH,
+    Batch,
+    Export,
+    OnnxForward,
+    WayRefused,
+    one_line,
+)
 from fedtl.types import Float32
 
 if TYPE_CHECKING:
     from torch import nn
 
-Batch = npt.NDArray[np.uint8]
-
 WAYS = ("auto", "onnx", "torch")
 TOLERANCE = 1e-3  # largest difference to eager over the largest feature; measured ones are 1e-5
-_CPU_BATCH = 8  # 4 to 32 are within a tenth of each other; small ones stay in the cache
 _CUDA_BATCH = 128
 _OPSET = 17
-
-
-class WayRefused(Exception):
-    """The trunk cannot be run this way, or gives other features; says why in one line."""
 
 
 class Forward(Protocol):
@@ -73,16 +74,6 @@ class Forward(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Export:
-    """What is known of an exported trunk; ``failure`` says why there is none."""
-
-    digest: str
-    trunk_hash: str
-    max_difference: float
-    failure: str | None = None
-
-
 class Exports:
     """Exported trunks, by the trunk's key: ``<key>.onnx`` and, written last, ``<key>.json``."""
 
@@ -100,6 +91,8 @@ class Exports:
         Raises:
             WayRefused: export failed or the difference is too large; that is kept as well.
         """
+        if backbone.graph is not None:
+            return OnnxForward(backbone.graph(), Export("", backbone.weights_hash, 0.0))
         key = self._key(backbone)
         path = self._folder / f"{key}.onnx"
         known = self._known(key)
@@ -113,6 +106,7 @@ class Exports:
 
     def _export(self, backbone: Backbone, key: str, sample: Batch) -> OnnxForward:
         trunk, before, reference = _eager(backbone, sample)
+        flops = count_flops(trunk, sample[:1])
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             content = export_onnx(trunk, sample[:1])
@@ -122,7 +116,7 @@ class Exports:
             self._keep(key, Export("", before, 0.0, str(refusal)))
             raise
         refuse_changed(before, backbone.state_hash(trunk))
-        export = Export(export.digest, before, difference)
+        export = Export(export.digest, before, difference, flops=flops)
         write_atomic(self._folder / f"{key}.onnx", content)
         self._keep(key, export)
         return OnnxForward(content, export)
@@ -142,42 +136,6 @@ class Exports:
         return digest_of({**backbone.identity(), "onnxruntime": metadata.version("onnxruntime")})
 
 
-class OnnxForward:
-    """ONNX Runtime on the CPU, one thread a call: calls of several workers run side by side."""
-
-    way = "onnx"
-    batch = _CPU_BATCH
-
-    def __init__(self, content: bytes, export: Export) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's own exceptions share no public base
-            raise WayRefused(f"ONNX Runtime refuses it: {_one_line(error)}") from error
-        self.dim = int(self._session.get_outputs()[0].shape[1])
-        self.trunk_hash = export.trunk_hash
-        self.max_difference = export.max_difference
-
-    def run(self, pixels: Batch) -> Float32:
-        """float32 [n, D] from uint8 [n, S, S, 3]."""
-        features: Float32 = self._session.run(None, {"pixels": pixels})[0]
-        return features
-
-    def threads(self, count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """Nothing to prepare."""
-        return contextlib.nullcontext(lambda: None)
-
-    def state_hash(self) -> str:
-        """That of the trunk that was exported: the graph holds constants only."""
-        return self.trunk_hash
-
-
 class TorchForward:
     """Torch with batch norm folded and channels last; on CUDA one call at a time."""
 
@@ -185,10 +143,11 @@ class TorchForward:
         from fedtl.transfer import folding
 
         self.way = "torch-cuda" if cuda else "torch"
-        self.batch = _CUDA_BATCH if cuda else _CPU_BATCH
+        self.batch = _CUDA_BATCH if cuda else CPU_BATCH
         self._backbone, self._cuda, self._gate = backbone, cuda, threading.Lock()
         self._trunk, self.trunk_hash, reference = _eager(backbone, sample)
         self.dim = reference.shape[1]
+        self.flops = count_flops(self._trunk, sample[:1])
         device = "cuda" if cuda else "cpu"
         self._module = folding.fold_batch_norm(self._trunk, sample[:1]).to(device)
         try:
@@ -254,6 +213,15 @@ def resolve_way(way: str, device: str, backbone: Backbone, exports: Exports) -> 
             got=repr(way),
             allowed=", ".join(WAYS),
         )
+    if backbone.graph is not None:
+        if way not in ("auto", "onnx"):
+            raise InputError(
+                f"{backbone.name} is run by ONNX Runtime alone",
+                where="backbone.extraction",
+                got=repr(way),
+                allowed="auto, onnx",
+            )
+        return "onnx"
     wanted = way == "torch-cuda" or (device == "cuda" and way != "onnx")
     if wanted or (device == "auto" and way != "onnx" and machine.gpu_present()):
         if _cuda_works():
@@ -294,6 +262,9 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
 
     buffer = io.BytesIO()
     # Two images: an axis of one would be taken for a constant by some models.
+    axes = {0: "n"}
+    if example.ndim == 2:  # tokens of texts: any number of them, and not that of the sample
+        axes, example = {0: "n", 1: "t"}, example[:, 1:]
     pixels = torch.from_numpy(np.repeat(example, 2, axis=0))
     fused_attention = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -308,12 +279,12 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
                 cast(Any, buffer),  # any file object will do; its annotation says path
                 input_names=["pixels"],
                 output_names=["features"],
-                dynamic_axes={"pixels": {0: "n"}, "features": {0: "n"}},
+                dynamic_axes={"pixels": axes, "features": {0: "n"}},
                 opset_version=_OPSET,
                 dynamo=False,
             )
     except Exception as error:  # tracing runs the model's own code: anything may come
-        raise WayRefused(f"export to ONNX failed: {_one_line(error)}") from error
+        raise WayRefused(f"export to ONNX failed: {one_line(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
     return buffer.getvalue()
@@ -375,8 +346,3 @@ def _cuda_works() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -29,6 +29,7 @@ from fedtl.results.files import sync_folder
 from fedtl.transfer import entries, extraction, pipeline
 from fedtl.transfer.backbones import Backbone
 from fedtl.transfer.entries import Opened
+from fedtl.transfer.onnx_forward import WayRefused
 from fedtl.types import Int64
 
 FORMAT = 3
@@ -51,6 +52,7 @@ class StoredFeatures:
         notes: what the user should know, one line each.
         path: the ``.npy`` file of the matrix, for other processes to map.
         max_difference: to eager float32 torch on a sample, absolute.
+        flops: of the trunk for one example, None where they were not counted.
     """
 
     matrix: npt.NDArray[np.floating]
@@ -63,6 +65,7 @@ class StoredFeatures:
     notes: tuple[str, ...]
     path: Path
     max_difference: float
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class FeatureStore:
         self.root = root or Path(os.environ.get("FEDTL_CACHE") or "~/.cache/fedtl").expanduser()
         self._folder = self.root / "features"
         self._quarantine = self._folder / "quarantine"
-        self._exports = extraction.Exports(self.root / "trunks")
+        self.exports = extraction.Exports(self.root / "trunks")
 
     def features(
         self,
@@ -140,12 +143,12 @@ class FeatureStore:
         order = _Order(backbone, images, fingerprint, dtype, on_bad_file, max(1, threads), progress)
         if len(images) == 0:
             raise InputError("there is no image to extract features from", where="data")
-        resolved = extraction.resolve_way(way, device, backbone, self._exports)
+        resolved = extraction.resolve_way(way, device, backbone, self.exports)
         notes: list[str] = []
         while True:
             try:
                 return self._open_or_build(order, resolved, notes)
-            except extraction.WayRefused as refusal:
+            except WayRefused as refusal:
                 if way == "onnx" or resolved == "torch":
                     raise EnvironmentFault(
                         f"{backbone.name} cannot be run this way: {refusal}",
@@ -168,7 +171,11 @@ class FeatureStore:
     ) -> int | None:
         """The width of stored features, or None where there are none; nothing is verified here."""
         order = _Order(backbone, images, fingerprint, dtype, "stop", 1, None)
-        key = order.key(extraction.resolve_way(way, device, backbone, self._exports))
+        key = order.key(extraction.resolve_way(way, device, backbone, self.exports))
+        return self.entry_width(key)
+
+    def entry_width(self, key: str) -> int | None:
+        """The width of the features under a key, None where there are none."""
         try:
             return int(entries.read_manifest(self._folder / key)["dim"])
         except entries.DamagedEntry:
@@ -189,7 +196,7 @@ class FeatureStore:
                     path.parent.name,
                     str(manifest["backbone"]["model"]),
                     int(manifest["rows"]),
-                    _folder_bytes(path.parent),
+                    entries.folder_bytes(path.parent),
                     float(manifest["created"]),
                     path.stat().st_mtime,
                 )
@@ -213,9 +220,9 @@ class FeatureStore:
         freed = 0
         for name in [key] if key is not None else sorted(known):
             with self._locked(name, []):
-                freed += _remove_folder(self._folder / name)
+                freed += entries.remove_folder(self._folder / name)
         if key is None:
-            freed += _remove_folder(self._quarantine) + _remove_folder(self.root / "trunks")
+            freed += sum(map(entries.remove_folder, (self._quarantine, self.root / "trunks")))
         return freed
 
     def entry(
@@ -251,8 +258,9 @@ class FeatureStore:
             way,
             matrix.nbytes,
             tuple(notes),
-            self._folder / key / entries.ARRAYS[0],
+            self.path(key),
             float(manifest["max_difference"]),
+            manifest.get("flops"),
         )
 
     def _sound(self, key: str, threads: int, notes: list[str]) -> Opened | None:
@@ -265,7 +273,7 @@ class FeatureStore:
         except entries.DamagedEntry as damage:
             with writing("the feature store", self._quarantine):
                 self._quarantine.mkdir(exist_ok=True)
-                _remove_folder(self._quarantine / key)
+                entries.remove_folder(self._quarantine / key)
                 os.replace(folder, self._quarantine / key)
             notes.append(f"stored features were damaged ({damage}); moved away and made again")
             return None
@@ -283,7 +291,7 @@ class FeatureStore:
 
     def _build(self, order: _Order, way: str, folder: Path) -> None:
         sample = partial(pipeline.sample_batch, order.images, order.backbone.preprocessing, 16)
-        forward = extraction.open_forward(way, order.backbone, self._exports, sample)
+        forward = extraction.open_forward(way, order.backbone, self.exports, sample)
         self.check_disk(len(order.images), forward.dim, order.dtype)
         self._fill(order, forward, folder)
 
@@ -324,6 +332,7 @@ class FeatureStore:
             "trunk_before": forward.trunk_hash,
             "trunk_after": forward.state_hash(),
             "max_difference": forward.max_difference,
+            "flops": getattr(forward, "flops", None),
             "created": time.time(),
             "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "build_seconds": time.perf_counter() - began,
@@ -333,6 +342,10 @@ class FeatureStore:
             "cpu": machine.cpu_model(),
         }
         entries.seal(folder, manifest, order.threads)
+
+    def path(self, key: str) -> Path:
+        """The ``.npy`` file of an entry's matrix."""
+        return self._folder / key / entries.ARRAYS[0]
 
     def check_disk(self, rows: int, dim: int, dtype: str) -> None:
         """Raise EnvironmentFault where so many features do not fit."""
@@ -385,16 +398,3 @@ def named(names: list[str], num_bad: int) -> str:
     """How many bad images there are, and the first few by name and reason."""
     more = f", and {num_bad - _NAMED} more" if num_bad > _NAMED else ""
     return f"{num_bad} image{'s' if num_bad != 1 else ''}: {'; '.join(names[:_NAMED])}{more}"
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _remove_folder(folder: Path) -> int:
-    if not folder.exists():
-        return 0
-    freed = _folder_bytes(folder)
-    with writing("the feature store", folder):
-        shutil.rmtree(folder)
-    return freed

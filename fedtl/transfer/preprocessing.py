@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,3 +78,10 @@ class Preprocessing:
     def identity(self) -> dict[str, Any]:
         """Plain values that key the feature store."""
         return dataclasses.asdict(self)
+
+
+def plain(size: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocessing:
+    """Resized to ``size``, then what a scenario says; without it pixels as they are, 0 to 255."""
+    red, green, blue = mean or (0.0,) * 3
+    stds = std or (1.0,) * 3
+    return Preprocessing(size, size, "bilinear", (red, green, blue), (stds[0], stds[1], stds[2]))

@@ -33,15 +33,21 @@ if TYPE_CHECKING:
 WHOLE = ("full", "scratch")
 """Modes that train the whole network."""
 
+STORED_BYTES = 4 * 2**30
+"""Activations up to this size are stored where that is left open. No free space is looked at: a run
+that is resumed must decide as it did before."""
+
 
 def open_network(
-    section: schema.Backbone, transfer: schema.Transfer, seed: int
+    section: schema.Backbone, transfer: schema.Transfer, seed: int, examples: int = 0
 ) -> tuple[Backbone, Tail | None]:
     """The trunk up to the cut, and what is trained behind it; None where only the head is.
 
     Args:
         section, transfer: the scenario's ``[backbone]`` and ``[transfer]``.
         seed: the scenario's.
+        examples: that there are, for ``transfer.activations = "auto"``; clients with data of their
+            own may decide otherwise than each other, as what is trained is the same.
 
     Raises:
         InputError: unknown model or weights, no such cut, or a network that cannot be cut.
@@ -63,7 +69,7 @@ def open_network(
             allowed='"head"',
             do='Set transfer.mode = "head", or use a backbone that comes as torch modules',
         )
-    return _cut(backbone, transfer, cut)
+    return _cut(backbone, transfer, cut, seed, section.feature_dtype, examples)
 
 
 def initial_tensors(tail: Tail | None) -> dict[str, Float32]:
@@ -71,6 +77,14 @@ def initial_tensors(tail: Tail | None) -> dict[str, Float32]:
     if tail is None:
         return {}
     return {TAIL + name: tail.tensors[name].astype(np.float32) for name in tail.recipe["trained"]}
+
+
+def still_in(tail: Tail | None, unfrozen: int) -> tuple[str, ...]:
+    """Names of what is not trained while so many blocks from the back are; 0 is for all of them."""
+    if tail is None or not unfrozen:
+        return ()
+    blocks: list[list[str]] = tail.recipe["blocks"]
+    return tuple(TAIL + name for block in blocks[:-unfrozen] for name in block)
 
 
 def first_head(scenario: schema.Scenario, tail: Tail | None, width: int, num_classes: int) -> Head:
@@ -86,7 +100,12 @@ def first_head(scenario: schema.Scenario, tail: Tail | None, width: int, num_cla
 
 
 def _cut(
-    backbone: Backbone, transfer: schema.Transfer, cut: str | int
+    backbone: Backbone,
+    transfer: schema.Transfer,
+    cut: str | int,
+    seed: int,
+    dtype: str,
+    examples: int,
 ) -> tuple[Backbone, Tail | None]:
     from fedtl.transfer import cuts
 
@@ -94,22 +113,33 @@ def _cut(
     graph = cuts.trace(trunk)
     place = None if cut == INPUT else cuts.find(trunk, graph.graph, cut)
     where = INPUT if place is None else place.names[0]
-    recipe = {
+    shape = _shape(backbone, graph, place)
+    again = transfer.activations == "recompute" or (
+        transfer.activations == "auto"
+        and examples * stored_bytes(prod(shape), dtype) > STORED_BYTES
+        and stored_bytes(prod(shape), dtype) > pixel_bytes(backbone)
+    )
+    recipe: dict[str, Any] = {
         "skeleton": dict(backbone.skeleton),
         "cut": where,
         "mode": transfer.mode,
         "batch_norm": transfer.batch_norm,
-        "recompute": transfer.activations == "recompute",
+        "recompute": again and place is not None,
         "rank": transfer.rank,
         "alpha": transfer.alpha,
         "aggregation": transfer.aggregation,
         "targets": list(transfer.targets),
         "width": transfer.width,
+        "seed": seed,
     }
     stored = None if recipe["recompute"] else place
     module, trained = _behind(graph, stored, place, recipe)
-    shape = _shape(backbone, graph, stored)
+    _refuse_asleep(module, recipe)
+    parts = {name.removeprefix("body."): part for name, part in trunk.named_modules()}
+    recipe["blocks"] = cuts.blocks_of(graph, cuts.blocks(graph.graph, parts), trained)
     tensors = {name: own.detach().cpu().numpy() for name, own in module.state_dict().items()}
+    if stored is not place:
+        shape = _shape(backbone, graph, stored)
     tail = Tail({**recipe, "trained": trained}, shape, backbone.dim, tensors)
     front = replace(
         backbone,
@@ -118,6 +148,35 @@ def _cut(
         known_dim=prod(shape),
     )
     return front, tail
+
+
+def stored_bytes(width: int, dtype: str) -> int:
+    """Bytes of one example's activations of so many numbers in the feature store."""
+    return width * np.dtype(dtype).itemsize
+
+
+def pixel_bytes(backbone: Backbone) -> int:
+    """Bytes of one example that is stored as the trunk takes it."""
+    return 3 * backbone.image_size**2 * np.dtype(np.float16).itemsize
+
+
+def _refuse_asleep(module: nn.Module, recipe: Mapping[str, Any]) -> None:
+    """Random weights have no statistics of their own yet.
+
+    Raises:
+        InputError: batch norm of a network from scratch is to stay as it is.
+    """
+    from fedtl.transfer.modes import NORMS
+
+    normed = any(isinstance(part, NORMS) for part in module.modules())
+    if recipe["mode"] == "scratch" and recipe["batch_norm"] == "frozen" and normed:
+        raise InputError(
+            "random weights have no statistics that batch norm could be frozen at",
+            where="transfer.batch_norm",
+            got='"frozen"',
+            allowed='"aggregated", "local", "group"',
+            do='Set transfer.batch_norm = "group", or "aggregated"',
+        )
 
 
 def _front(backbone: Backbone, cut: str) -> nn.Module:
@@ -137,7 +196,8 @@ def _behind(
     from fedtl.transfer import cuts
     from fedtl.transfer.modes import MODES
 
-    module = cuts.split(graph, stored)[1].eval().requires_grad_(False)
+    # a copy: what a mode puts into it is no part of the trunk
+    module = copy.deepcopy(cuts.split(graph, stored)[1]).eval().requires_grad_(False)
     within = module if stored is place else cuts.split(graph, place)[1]
     reached = {name for name, _ in within.named_modules()}
     return module, MODES[recipe["mode"]](module, reached, recipe)
@@ -150,7 +210,7 @@ def _shape(backbone: Backbone, graph: Any, place: Boundary | None) -> tuple[int,
     from fedtl.transfer import cuts
 
     size = backbone.image_size
-    example = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     if place is None:
         return tuple(example.shape[1:])
     return cuts.value_shape(graph, place, example)
@@ -165,19 +225,22 @@ class OpenTail:
     _idle: queue.SimpleQueue[nn.Module] = field(default_factory=queue.SimpleQueue)
 
     @contextmanager
-    def running(self, training: bool = False) -> Iterator[nn.Module]:
-        """A module that nobody else runs meanwhile.
+    def running(self, training: bool = False, still: tuple[str, ...] = ()) -> Iterator[nn.Module]:
+        """A module that nobody else runs meanwhile; in eval mode but for what is said here.
 
         Args:
             training: batch norm whose statistics are trained takes them from each batch, and moves
                 the running ones that it is given.
+            still: of a head's tensors, those whose names begin so are not trained.
         """
         try:
             module = self._idle.get_nowait()
         except queue.Empty:
             module = copy.deepcopy(self.module)
         for name, part in module.named_modules():
-            part.training = training and f"{name}.running_mean" in self._moving
+            mean = f"{name}.running_mean"
+            asleep = not training or (still and (TAIL + mean).startswith(still))
+            part.training = mean in self._moving and not asleep
         try:
             yield module
         finally:
@@ -200,7 +263,12 @@ class OpenTail:
 
         mine = {name[len(TAIL) :]: own for name, own in own.items() if name.startswith(TAIL)}
         given = x.reshape(-1, *self.tail.shape)
+        awake = [part for part in module.modules() if part.training] if len(x) == 1 else []
+        for part in awake:  # one example has no statistics
+            part.training = False
         result: torch.Tensor = torch.func.functional_call(module, mine, (given,))
+        for part in awake:
+            part.training = True
         return result
 
 

@@ -7,6 +7,7 @@ archive was checked for records larger than the file; what is not a dense tensor
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import os
 import pickle
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtl.errors import InputError, SecurityRefusal, writing
+from fedtl.scenario import schema
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,8 +67,28 @@ def hash_file(path: Path, expected: str | None = None) -> str:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
-    _check_hash(path, digest.hexdigest(), expected)
+    check_hash(path, digest.hexdigest(), expected)
     return digest.hexdigest()
+
+
+def identify(section: schema.Backbone, path: Path | None, key: int) -> str:
+    """What stands for the weights: their file's SHA-256, or a hash that describes random ones.
+
+    Raises:
+        InputError: no such file, or a hash is stated for random weights.
+        SecurityRefusal: the file has not the stated hash.
+    """
+    if path is not None:
+        return hash_file(path, section.sha256)
+    if section.sha256 is not None:
+        raise InputError(
+            "random weights have no file to hash",
+            where="backbone.sha256",
+            do="Leave out backbone.sha256, or name the file in backbone.weights",
+        )
+    model = f"{section.name} {section.model}" if section.model else section.name
+    version = importlib.metadata.version("torch")
+    return hashlib.sha256(f"random {model} {key} torch {version}".encode()).hexdigest()
 
 
 def load_weights(path: Path, expected: str | None = None) -> dict[str, Tensor]:
@@ -84,7 +106,7 @@ def load_weights(path: Path, expected: str | None = None) -> dict[str, Tensor]:
     """
     _check_size(path)
     content = path.read_bytes()
-    _check_hash(path, hashlib.sha256(content).hexdigest(), expected)
+    check_hash(path, hashlib.sha256(content).hexdigest(), expected)
     if path.suffix == ".safetensors":
         state = _load_safetensors(path, content)
     else:
@@ -110,7 +132,8 @@ def _check_size(path: Path) -> None:
         )
 
 
-def _check_hash(path: Path, digest: str, expected: str | None) -> None:
+def check_hash(path: Path, digest: str, expected: str | None) -> None:
+    """Raise SecurityRefusal where a digest does not begin with what was expected, if anything."""
     if expected is not None and not digest.startswith(expected.lower()):
         raise SecurityRefusal(
             "the weights file is not the one that was stated: its SHA-256 differs",
