@@ -24,6 +24,7 @@ from fedtl.data.sources import load_examples
 from fedtl.data.split_files import with_split_file
 from fedtl.engines import Engine, LocalEngine
 from fedtl.errors import EnvironmentFault, InputError
+from fedtl.evaluation.forgetting import open_source
 from fedtl.evaluation.label_skew import check_label_skew
 from fedtl.planning import liars_of
 from fedtl.privacy.canaries import canary_notes, plant
@@ -43,6 +44,7 @@ from fedtl.secure_rounds import simulated_sums
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.adversarial import Adversarial
 from fedtl.transfer.tails import first_head, open_network
+from fedtl.transfer.zero_shot import with_names
 from fedtl.types import Int64, Population
 
 
@@ -122,6 +124,8 @@ def open_data(scenario: Scenario) -> OpenedData:
     Raises:
         InputError: the data or weights are missing, broken, or do not fit the scenario.
     """
+    if (source := scenario.evaluation.source_path) is not None:
+        open_source(source)  # what is wrong with it is told before the rounds, not after them
     return open_examples(scenario, load_examples(scenario.data))
 
 
@@ -206,11 +210,13 @@ def make_federation(
     opened: OpenedData,
     progress: ExtractionProgress | None = None,
     store: PersonalStore | None = None,
+    judged_on: Callable[[ReadyFeatures], ClientSplit] | None = None,
 ) -> Built:
     """Features, population, head, strategy and engine of a scenario.
 
     Args:
         store: where simulated clients keep what is theirs from round to round.
+        judged_on: gives another split into training and test rows, once the features are there.
 
     Raises:
         InputError: unreadable images, or the same image where it must not be.
@@ -222,11 +228,14 @@ def make_federation(
     split, examples = features.split, features.examples
     leaks = find_leaks(features.content, split, examples)
     check_leaks(leaks, scenario.data.leakage)
+    if judged_on is not None:
+        features = replace(features, split=judged_on(features))
     population, aligned = _aligned(scenario, population_of(features))
     lying = liars_of(scenario, population.names)
     planted, canaries = plant(population, scenario.privacy, scenario.seed)
     poisoned = poison(planted, scenario.attack, lying, scenario.seed)
     head = first_head(scenario, opened.tail, population.width, len(examples.classes))
+    head = with_names(head, scenario, opened.backbone, examples.classes, features.facts["way"])
     identity = {
         "scenario_hash": scenario.hash(),
         "data_fingerprint": examples.identity,

@@ -12,6 +12,7 @@ from fedtl.scenario.sections import Section
 def choices() -> dict[str, list[str]]:
     """Names by kind. Backbones and data sets of torchvision are read from torchvision itself."""
     from fedtl.data.torchvision_sets import SETS
+    from fedtl.transfer.backbones import OPENERS, TAKES
     from fedtl.transfer.backbones import names as backbone_names
 
     return {
@@ -20,6 +21,7 @@ def choices() -> dict[str, list[str]]:
         "torchvision data sets": list(SETS),
         "partitions": _literal(schema.Clients, "partition"),
         "backbones": list(backbone_names()),
+        "backbones take": [f"{name}: {TAKES.get(name, 'images')}" for name in OPENERS],
         "heads": _literal(schema.Head, "kind"),
         "schedules": _literal(schema.Training, "schedule"),
         "strategies": strategy_names(),

@@ -11,10 +11,12 @@ import typer
 
 from fedtl.client_commands import app as client_app
 from fedtl.export_commands import app as export_app
+from fedtl.module_commands import app as module_app
 from fedtl.options import AsJson, EngineName, Overrides, RunName, ScenarioName, again, console_for
 from fedtl.privacy_commands import app as privacy_app
 from fedtl.server_commands import app as server_app
 from fedtl.study_commands import app as study_app
+from fedtl.tune_commands import app as tune_app
 
 app = typer.Typer(
     name="fedtl",
@@ -28,8 +30,10 @@ app = typer.Typer(
 cache_app = typer.Typer(no_args_is_help=True, help="Look into the feature store.")
 app.add_typer(study_app)
 app.add_typer(privacy_app)
+app.add_typer(tune_app)
 app.add_typer(export_app)
 app.add_typer(cache_app, name="cache")
+app.add_typer(module_app, name="module")
 app.add_typer(server_app, name="server")
 app.add_typer(client_app, name="client")
 
@@ -185,16 +189,42 @@ def parity(
 
 
 @app.command("list")
-def list_names(as_json: AsJson = False) -> None:
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(help="Of this kind only, e.g. backbones.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what there is to choose from."""
     from fedtl.choices import choices
+    from fedtl.errors import unknown_name
     from fedtl.listings import print_choices
 
-    found = choices()
+    every = choices()
+    found = {name: those for name, those in every.items() if name.startswith(kind or "")}
+    if not found:
+        raise unknown_name("kind of names", kind or "", every)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         print_choices(console_for(False), found)
+
+
+@app.command()
+def cuts(scenario: ScenarioName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show where a scenario's network can be cut, and what each cut takes."""
+    from dataclasses import asdict
+
+    from fedtl.listings import print_cuts
+    from fedtl.scenario.load import load_scenario
+    from fedtl.transfer.tails import blocks_before
+
+    chosen = load_scenario(scenario, overrides or ())
+    found = blocks_before(chosen.backbone, chosen.seed)
+    if as_json:
+        typer.echo(json.dumps([asdict(point) for point in found], indent=2))
+    else:
+        print_cuts(console_for(False), found)
 
 
 @app.command()

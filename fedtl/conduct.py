@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -16,6 +15,7 @@ import numpy as np
 from fedtl import machine
 from fedtl.build import resolve_device
 from fedtl.checkpoints import Progress
+from fedtl.cost_card import Meter, Work, asked_examples, cost_card
 from fedtl.errors import FedtlError
 from fedtl.evaluation import columns as known
 from fedtl.evaluation.advice import Compared, Counsel, counsel
@@ -31,13 +31,14 @@ from fedtl.planning import personal_at_end
 from fedtl.plans import Personal
 from fedtl.privacy_card import privacy_card, privacy_notes
 from fedtl.ready_features import allowed_threads
+from fedtl.results.module_card import card_facts
 from fedtl.results.runs import RunFolder
 from fedtl.results.statistics import keeps_statistics
 from fedtl.rounds import Federation, run_rounds
 from fedtl.spending import BudgetSpent
 from fedtl.strategies import last_notes
 from fedtl.strategies.class_gate import kept_back
-from fedtl.types import ClientUpdates, Head, Int64
+from fedtl.types import ClientUpdates, Head, Int64, Tail
 
 
 class Observer(Protocol):
@@ -113,6 +114,7 @@ class Prepared:
         extract_seconds: what making the features took.
         notes: what the user should know before the first round, one line each.
         class_counts: gives clients' training examples by class [k, C]; None where nobody knows.
+        tail: what is trained between the cut and the head.
     """
 
     federation: Federation
@@ -122,6 +124,7 @@ class Prepared:
     extract_seconds: float
     notes: Sequence[str]
     class_counts: Callable[[Int64], Int64] | None = None
+    tail: Tail | None = None
 
 
 def conduct(
@@ -141,7 +144,7 @@ def conduct(
         FedtlError: whatever stopped the run; what was committed is kept. Where that is the budget
             of privacy, the run is whole all the same, with fewer rounds.
     """
-    federation = prepared.federation
+    federation, meter = prepared.federation, Meter()
     with closing(federation.engine):
         before = time.perf_counter()
         federation.engine.start(federation.head)
@@ -182,7 +185,7 @@ def conduct(
         card = privacy_card(federation, folder.path, state, done)
         outcome = Outcome(state.result, own, done.round, card)
         summary = _conclude(
-            prepared, folder, observer, interrupts, outcome, done, started, start_seconds
+            prepared, folder, observer, interrupts, outcome, done, started, start_seconds, meter
         )
         if spent is not None:
             raise spent
@@ -198,6 +201,7 @@ def _conclude(
     progress: Progress,
     started: float,
     start_seconds: float,
+    meter: Meter,
 ) -> dict[str, Any]:
     """Judge the final head beside its references and write everything down."""
     head = outcome.head
@@ -238,7 +242,10 @@ def _conclude(
         client_rows(progress.round, mine.clients, mine.everyone, columns, "everyone")
     )
     _write_tables(prepared, folder, progress.round, judged, told)
-    folder.write_head(head, _head_card(prepared, outcome, mine))
+    whole = outcome.personal is None or not outcome.personal.completes
+    epsilon = outcome.privacy.get("epsilon")
+    trained = (progress.round, mine.facts, epsilon, whole)
+    folder.write_head(head, card_facts(scenario, roster, prepared.backbone, *trained))
     summary = _summary(prepared, outcome, progress, judged, verdict)
     train, extract = progress.train_seconds, prepared.extract_seconds
     summary["seconds"] = {
@@ -255,6 +262,10 @@ def _conclude(
     summary["cpu"] = machine.cpu_model()
     summary["device"] = resolve_device(scenario)
     summary["threads"] = allowed_threads(scenario)
+    rows = None if prepared.class_counts is None else int(roster.train.sum() + roster.test.sum())
+    asked = asked_examples(folder.clients)
+    work = Work(prepared.backbone, rows, prepared.tail, head, asked)
+    summary["cost"] = cost_card(scenario, work, meter, summary)
     failpoint("before_summary", progress.round)
     folder.event("finished", head_sha256=summary["head_sha256"])
     folder.finish(summary)
@@ -286,47 +297,6 @@ def _write_tables(
         train,
     )
     folder.write_tables(complete, classes)
-
-
-def _head_card(prepared: Prepared, outcome: Outcome, judged: Judgement) -> dict[str, str]:
-    """What the head fits and where it is from: the metadata of ``head.safetensors``."""
-    federation = prepared.federation
-    scenario, roster = federation.scenario, federation.roster
-    sections = scenario.canonical()  # no path of this machine in it
-    trained_on = {
-        "clients": roster.num_clients,
-        "examples": int(roster.train.sum()),
-        "domains": len({domain for domain in roster.domains if domain}),
-        "rounds": outcome.rounds,
-    }
-    alone = outcome.personal is None or not outcome.personal.completes
-    return {
-        "format": FORMAT,
-        "mode": scenario.transfer.mode,
-        "seed": str(scenario.seed),
-        "sections": json.dumps({key: sections[key] for key in ("backbone", "transfer", "head")}),
-        "trained_on": json.dumps(trained_on),
-        "measured": json.dumps(
-            {
-                "accuracy": judged.facts["accuracy"],
-                "balanced_accuracy": judged.facts["balanced_accuracy"],
-                "epsilon": outcome.privacy.get("epsilon"),
-            }
-        ),
-        "aligned": scenario.adaptation.features,
-        "whole": "yes" if alone else "no",
-        "fedtl": machine.versions().get("fedtl", ""),
-        "scenario_hash": federation.identity["scenario_hash"],
-        "backbone": prepared.backbone["name"],
-        "backbone_sha256": prepared.backbone["weights_sha256"],
-        "backbone_source": prepared.backbone["weights_source"],
-        "backbone_licence": prepared.backbone["licence"],
-        "preprocessing": json.dumps(prepared.backbone["preprocessing"]),
-        "settings": json.dumps(prepared.backbone["settings"]),
-        "cut": prepared.backbone["cut"],
-        "kind": federation.scenario.head.kind,
-        "classes": "\n".join(roster.classes),
-    }
 
 
 def _summary(

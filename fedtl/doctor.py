@@ -9,9 +9,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from fedtl import machine
+
+EXTRAS = {"text": "transformers", "timm": "timm", "tune": "optuna", "serve": "fastapi"}
+"""What may be installed beside fedtl, and a package that shows whether it is."""
 
 NEEDED_MEMORY_BYTES = 2 * 2**30
 NEEDED_DISK_BYTES = 1 * 2**30
@@ -111,6 +115,15 @@ def _assets() -> Finding:
     return Finding("offline assets", True, detail)
 
 
+def _extras() -> Finding:
+    found = {name: find_spec(package) is not None for name, package in EXTRAS.items()}
+    detail = ", ".join(f"{name} {'yes' if here else 'no'}" for name, here in found.items())
+    missing = [name for name, here in found.items() if not here]
+    if missing:
+        detail += f" ('uv sync --extra {missing[0]}' installs what {missing[0]} needs)"
+    return Finding("extras", True, detail)
+
+
 def _kernel() -> Finding:
     import numpy as np
 
@@ -126,6 +139,6 @@ def _kernel() -> Finding:
 
 
 LOOKS: tuple[Callable[[], Finding], ...] = (
-    _python, _packages, _cores, _memory, _gpu, _store, _runs, _assets, _kernel,
+    _python, _packages, _extras, _cores, _memory, _gpu, _store, _runs, _assets, _kernel,
 )  # fmt: skip
 """In the order in which they are shown."""

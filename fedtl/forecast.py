@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from fedtl import machine
 from fedtl.planning import cohort_size, plan_round, scratch_rates
 from fedtl.plans import Task
@@ -13,19 +15,23 @@ from fedtl.ready_features import OpenedData, allowed_threads
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.warm_start import WarmStart
-from fedtl.transfer.backbones import EMBEDDED, OPENERS
+from fedtl.transfer.backbones import EMBEDDED, INPUT, OPENERS, Backbone
 from fedtl.transfer.features import FeatureStore
-from fedtl.transfer.heads import initial_head
+from fedtl.transfer.flops import tail_flops
 from fedtl.transfer.row_trunks import rows_width
+from fedtl.transfer.tails import WHOLE, first_head
 from fedtl.transfer.text_features import expected_macs, text_width
 from fedtl.transfer.views import fingerprints, rows_in_all
-from fedtl.types import Head, Roster, head_bytes
+from fedtl.types import TAIL, Head, Roster, Tail, head_bytes
 
 MACS_PER_CORE_SECOND = 30e9
 """Multiply-adds of a convolutional trunk in ONNX Runtime per core (benchmarks/extraction.py)."""
 
 FLOPS_PER_CORE_SECOND = {"linear": 60e9, "mlp": 12e9, "cosine": 5e9, "prototype": 5e9}
 """Float operations of local training per core (benchmarks/kernel.py)."""
+
+TAIL_FLOPS_PER_CORE_SECOND = 20e9
+"""The same of a network behind the cut (benchmarks/tails.py); a backward pass is two forward."""
 
 SCRATCH_MACS_PER_SECOND = 10e9
 """The same forward and backward in torch on the one thread that trains from scratch; a backward
@@ -66,14 +72,19 @@ class Forecast:
     """After all rounds; None where nothing bounds it."""
     privacy_notes: tuple[str, ...] = ()
     """What to warn of before relying on it."""
+    tail_parameters: int = 0
+    """Of ``head_parameters``, those behind the cut."""
+    stored_each: int = 0
+    """Bytes of one example in the feature store."""
 
 
 def forecast(opened: OpenedData) -> Forecast:
     """What running this scenario on this machine will take."""
     scenario, split, examples = opened.scenario, opened.split, opened.examples
     stored = stored_width(opened)
-    cached, width = stored is not None, stored or opened.backbone.dim
-    head = initial_head(scenario.head, width, len(examples.classes), scenario.seed)
+    cached, stored = stored is not None, stored or opened.backbone.dim
+    width = stored if opened.tail is None else opened.tail.width
+    head = first_head(scenario, opened.tail, width, len(examples.classes))
     clients = len(split.names)
     cohort = min(clients, cohort_size(scenario, clients))
     share = cohort / clients
@@ -83,16 +94,19 @@ def forecast(opened: OpenedData) -> Forecast:
     )
     promise = make_promise(scenario, roster)
     sent = _exchanged(scenario, roster, promise, head, cohort)
-    bytes_each = 2 if scenario.backbone.feature_dtype == "float16" else 4
+    bytes_each = stored * np.dtype(_stored_dtype(opened)).itemsize
     rows = rows_in_all(scenario.augmentation, split, len(examples))
     trained = scenario.augmentation.views * len(split.train.index)
-    feature_bytes = rows * width * bytes_each
-    flops = 4.0 * trained * share * parameters
+    feature_bytes = rows * bytes_each
+    behind = sum(tensor.size for name, tensor in head.items() if name.startswith(TAIL))
+    flops = 4.0 * trained * share * (parameters - behind)
     flops *= scenario.training.local_epochs * sent.rounds if sent.task == "train" else sent.rounds
     if sent.task == "statistics":
         wide = max(width, getattr(scenario.strategy, "random_features", 0))
         flops = 2.0 * trained * wide**2
     threads = allowed_threads(scenario)
+    through = 3 * tail_flops(opened.tail) * trained * share
+    through *= scenario.training.local_epochs * sent.rounds / (TAIL_FLOPS_PER_CORE_SECOND * threads)
     memory = BASE_BYTES[cached] + int(feature_bytes * share) + 3 * head_bytes(head) * cohort
     memory += sent.held_bytes
     return Forecast(
@@ -111,12 +125,21 @@ def forecast(opened: OpenedData) -> Forecast:
         feature_bytes,
         memory,
         0.0 if cached else _extract_seconds(opened, threads),
-        flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads),
+        flops / (FLOPS_PER_CORE_SECOND[scenario.head.kind] * threads) + through,
         sent.task,
         *_scratch(opened),
         None if promise is None else promise.epsilon_after(scenario.rounds),
         () if promise is None else promise.notes,
+        behind,
+        bytes_each,
     )
+
+
+def _stored_dtype(opened: OpenedData) -> str:
+    """Of what is stored; images as they are are whole numbers that half a float holds."""
+    if opened.backbone.cut != INPUT:
+        return opened.scenario.backbone.feature_dtype
+    return "float16" if opened.examples.images is not None else "float32"
 
 
 def _scratch(opened: OpenedData) -> tuple[int, float | None]:
@@ -187,7 +210,7 @@ def stored_width(opened: OpenedData) -> int | None:
             opened.backbone,
             examples.texts or examples.images,
             fingerprint,
-            dtype=section.feature_dtype,
+            dtype=_stored_dtype(opened),
             way=section.extraction,
             device=opened.scenario.engine.device,
         )
@@ -225,3 +248,29 @@ def _gmacs(name: str) -> tuple[float, int] | None:
     weights = get_model_weights(name).DEFAULT
     operations = weights.meta.get("_ops")
     return (float(operations), weights.transforms().crop_size[0]) if operations else None
+
+
+def cut_words(tail: Tail | None, plan: Forecast, each: str) -> str | None:
+    """Where the network is cut, what of it is trained, and what is kept of an example; or None.
+
+    Args:
+        each: bytes that are stored for one example, in words.
+    """
+    if tail is None:
+        return None
+    facts, shape = tail.recipe, " x ".join(map(str, tail.shape))
+    where = "everything" if facts["cut"] == INPUT else facts["cut"]
+    trained = f"before {where}: {plan.tail_parameters:,} parameters behind it are trained"
+    if facts["mode"] in (*WHOLE, "last_blocks"):
+        trained += f", batch norm {facts['batch_norm']}"
+    if facts["recompute"]:
+        return f"{trained}; inputs are stored ({each} each), the frozen part runs in every epoch"
+    what = "inputs" if facts["cut"] == INPUT else f"activations {shape}"
+    return f"{trained}; {what} are stored, {each} each"
+
+
+def seen_words(backbone: Backbone) -> str:
+    """How much of an example the trunk sees."""
+    if backbone.takes == "texts":
+        return f"up to {backbone.settings['max_tokens']} tokens"
+    return f"{backbone.image_size} px"

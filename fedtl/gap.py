@@ -21,6 +21,7 @@ from fedtl.ready_features import ExtractionProgress, allowed_threads, make_featu
 from fedtl.results.files import refuse_unwritable, write_atomic
 from fedtl.scenario.schema import Scenario
 from fedtl.terminal import Terminal, shown
+from fedtl.transfer.tails import before_training
 from fedtl.transfer.views import without_views
 
 __all__ = ["measure_gap", "rank_backbones", "show_gap"]
@@ -75,7 +76,7 @@ def measure_gap(
     Raises:
         InputError: as a run would for its data, clients and backbone.
     """
-    opened = open_data(without_views(scenario))
+    opened = open_data(without_views(before_training(scenario)))
 
     def extracting(done: int, total: int) -> None:
         if progress is not None:

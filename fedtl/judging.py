@@ -197,6 +197,8 @@ class _Judging:
             tuned.facts["epochs"] = epochs
             tuned.facts["forgetting"] = forgotten(federated, tuned)
             return tuned
+        if name == "start":
+            return references.judge_shared(place, head)
         if name == "from_scratch":
             return judge_scratch(place, self._order(), self.check)
         if name == "ridge":

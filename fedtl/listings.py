@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,9 @@ from rich.table import Table
 from fedtl.doctor import Finding
 from fedtl.terminal import HEADS, percent, plain_table, shown, size
 from fedtl.transfer.features import FeatureStore, StoreEntry
+
+if TYPE_CHECKING:
+    from fedtl.transfer.cuts import CutPoint  # imports torch
 
 
 def print_attempt(console: Console, engine: str, seconds: float, reason: str | None) -> None:
@@ -48,6 +52,24 @@ def print_choices(console: Console, found: Mapping[str, list[str]]) -> None:
     for kind, names in found.items():
         console.print(f"[bold]{kind}[/]")
         console.print(f"  {shown(', '.join(names))}\n", highlight=False)
+
+
+def print_cuts(console: Console, points: Sequence[CutPoint]) -> None:
+    """``fedtl cuts``."""
+    table = plain_table("cut", "first module behind", "activations", "each", "parameters", "MFLOPs")
+    for point in points:
+        shape = " x ".join(map(str, point.shape))
+        table.add_row(
+            str(point.blocks),
+            shown(point.name),
+            shape,
+            size(4 * prod(point.shape)),
+            f"{point.parameters:,}",
+            f"{point.flops / 1e6:,.1f}",
+        )
+    console.print(table)
+    console.print("parameters and MFLOPs of one example: behind the cut, without the head")
+    console.print("In a scenario: transfer.cut = a number or a name, transfer.mode = how it trains")
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:

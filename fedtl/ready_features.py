@@ -94,7 +94,7 @@ def without(opened: OpenedData, keep: Int64) -> OpenedData:
 def make_features(opened: OpenedData, progress: ExtractionProgress | None = None) -> ReadyFeatures:
     """Every example's row, and who holds which."""
     examples = opened.examples
-    if examples.table is not None or opened.backbone.takes == "rows":
+    if examples.kind == "rows":
         return _of_rows(opened)
     threads, matches = allowed_threads(opened.scenario), _matches(opened)
     stored = _stored(opened, examples, threads, progress)
@@ -238,7 +238,7 @@ def _of_rows(opened: OpenedData) -> ReadyFeatures:
         scaled = table_rows(examples.table, scenario.data, opened.split)
         rows, shared = scaled.matrix, scaled.shared
         notes = (*notes, *scaled.notes, *([shared] if shared else []))
-    made = rows_through(opened.backbone, rows, scenario.data)
+    made = rows_through(opened.backbone, rows, scenario.data, examples.channels)
     matrix = stored_as(made, scenario.backbone.feature_dtype)
     facts = {
         "cached": True,
@@ -248,7 +248,9 @@ def _of_rows(opened: OpenedData) -> ReadyFeatures:
     }
     seconds = time.perf_counter() - started
     content = row_hashes(examples)
-    return ReadyFeatures(matrix, content, examples, opened.split, facts, seconds, notes)
+    return ReadyFeatures(
+        matrix, content, examples, opened.split, facts, seconds, notes, tail=opened.tail
+    )
 
 
 def _noted(opened: OpenedData, notes: tuple[str, ...]) -> OpenedData:

@@ -155,6 +155,7 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
         extract_seconds=built.features.seconds,
         notes=notes,
         class_counts=lambda clients: _class_counts(built.population, clients),
+        tail=built.population.tail,
     )
 
 

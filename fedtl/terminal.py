@@ -19,15 +19,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fedtl.cost_card import cost_line
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
-from fedtl.forecast import Forecast
+from fedtl.forecast import Forecast, cut_words, seen_words
 from fedtl.privacy_card import privacy_lines, privacy_words
 from fedtl.ready_features import OpenedData
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
-from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.views import in_views
 from fedtl.types import ClientUpdates
 
 ROWS_SHOWN = 10
@@ -121,11 +122,14 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     what = "examples" if opened.examples.kind == "rows" else opened.examples.kind
     rows = {
         "data": f"{scenario.data.source}: {plan.examples:,} {what}, {plan.classes} classes, "
-        f"{plan.train:,} to train on, {plan.test:,} to be judged on",
+        f"{plan.train:,} to train on{in_views(scenario.augmentation)}, "
+        f"{plan.test:,} to be judged on",
         "clients": f"{plan.clients}{domains}, {scenario.clients.partition} split, "
         f"{plan.cohort} in each round",
-        "backbone": f"{backbone.name}, weights {backbone.weights_source}, frozen, "
-        + ("features are in the store" if plan.cached else _seen(backbone)),
+        "backbone": f"{backbone.label}, weights {backbone.weights_source}, "
+        + ("frozen, " if opened.tail is None else "frozen up to the cut, ")
+        + ("features are in the store" if plan.cached else seen_words(backbone)),
+        "cut": cut_words(opened.tail, plan, size(plan.stored_each)),
         "training": f"{strategy_words(scenario, plan)}, {scenario.head.kind} head of "
         f"{plan.head_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
@@ -136,15 +140,9 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         "privacy": privacy_words(scenario, plan.epsilon),
     }
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/]", shown(text))
+        if text is not None:
+            table.add_row(f"[bold]{name}[/]", shown(text))
     return table
-
-
-def _seen(backbone: Backbone) -> str:
-    """How much of an example the trunk sees."""
-    if backbone.takes == "texts":
-        return f"up to {backbone.settings['max_tokens']} tokens"
-    return f"{backbone.image_size} px"
 
 
 def strategy_words(scenario: Scenario, plan: Forecast) -> str:
@@ -190,7 +188,7 @@ class Terminal:
         self._rows: list[tuple[str, ...]] = []
         self._names: Sequence[str] = ()
         self._live: Live | None = None
-        self._rounds = 0
+        self._rounds, self._what = 0, "images"
 
     def __enter__(self) -> Terminal:
         return self
@@ -201,6 +199,7 @@ class Terminal:
     def planned(self, opened: OpenedData, plan: Forecast) -> None:
         """Prints the plan."""
         self._rounds, self._scenario = plan.rounds, opened.scenario
+        self._what = opened.examples.kind
         self.console.print(f"[bold]{shown(opened.scenario.name)}[/] [dim]the plan[/]")
         self.console.print(plan_table(opened, plan))
         self.console.print()
@@ -210,12 +209,12 @@ class Terminal:
         self._rounds, self._scenario = scenario.rounds, scenario
 
     def extracting(self, done: int, total: int) -> None:
-        """Moves the bar of images."""
+        """Moves the bar of examples."""
         if not self.console.is_terminal:
             if done == total:
-                self.console.print(f"{total:,} images went through the trunk once")
+                self.console.print(f"{total:,} {self._what} went through the trunk once")
             return
-        self._show("images through the trunk", done, total)
+        self._show(f"{self._what} through the trunk", done, total)
 
     def ready(self, notes: Sequence[str], names: Sequence[str]) -> None:
         """Says what was found on the way."""
@@ -294,6 +293,8 @@ class Terminal:
             highlight=False,
             soft_wrap=True,
         )
+        if (cost := cost_line(summary.get("cost"))) is not None:
+            self.console.print(cost, highlight=False, soft_wrap=True)
         if self._command is None:
             return
         self.console.print("\n[bold]Next[/]")
@@ -336,6 +337,7 @@ HEADS = {
     "ridge": "pooled ridge",
     "unprotected": "the same, without privacy",
     "from_scratch": "everybody pooled, from scratch",
+    "start": "before any training",
 }
 """What is compared at the end of a run, in the order and the words in which it is shown."""
 

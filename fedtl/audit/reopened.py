@@ -118,6 +118,12 @@ def reopen(path: Path, progress: ExtractionProgress | None = None) -> Reopened:
             do=f"Type 'fedtl resume {path}'",
         )
     scenario = load_scenario(str(path / SCENARIO))
+    if scenario.transfer.mode != "head":
+        raise InputError(
+            "the network behind the cut was trained too, and attacks know heads on frozen features",
+            where=path,
+            do='Audit a run with transfer.mode = "head"',
+        )
     if scenario.augmentation.views > 1:
         raise InputError(
             "each example was trained on in several views, and attacks look for one row of each",

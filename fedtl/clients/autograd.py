@@ -75,8 +75,8 @@ def train_autograd(
 
     def work(first: int, stop: int) -> None:
         torch.set_num_threads(1)
-        trained = network(population.tail, training=True, still=still)
-        with trained as through, network(watched) as judging:
+        moving = network(population.tail, training=True, still=still)
+        with moving as through, network(watched) as judging:
             for place in range(first, stop):
                 client = _Client(population, plan, place, through, judging, device)
                 start = {name: own[place if len(own) > 1 else 0] for name, own in starts.items()}
@@ -124,8 +124,8 @@ class _Client:
         if watched:
             begun = {name: value.clone() for name, value in values.items()}
             best = Best(own.early_stopping, self._loss(values, kept_back), begun)
-        summed = 0.0
-        for epoch in range(own.epochs):
+        summed, epochs = 0.0, own.epochs if steps.names else 0
+        for epoch in range(epochs):
             order = rows[batch_order(key, len(rows), epoch)]
             for batch in _batches(order, own.batch_size, alone=whole):
                 loss, gradients = self._gradients(values, steps.names, batch, chance)
@@ -134,7 +134,7 @@ class _Client:
             if best is not None and best.over(self._loss(values, kept_back), values):
                 break
         tensors = {n: v.cpu().numpy() for n, v in (best.tensors if best else values).items()}
-        return tensors, summed / len(rows) if own.epochs and len(rows) else float("nan")
+        return tensors, summed / len(rows) if epochs and len(rows) else float("nan")
 
     def _gradients(
         self, values: Tensors, names: list[str], batch: Int64, chance: Chance

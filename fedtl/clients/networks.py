@@ -42,6 +42,24 @@ def network(
         yield lambda tensors, x: opened.forward(module, tensors, x)
 
 
+def pretrained(
+    tail: Tail | None, features: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.floating[Any]]:
+    """What a head stands on before any training, [n, D]; without a tail the features themselves."""
+    if tail is None:
+        return features
+    import torch
+
+    from fedtl.clients.batched import one_torch_thread
+
+    made = np.empty((len(features), tail.width), np.float32)
+    with one_torch_thread(), network(tail) as through, torch.no_grad():
+        for low in range(0, len(features), JUDGED_THROUGH):
+            x = torch.from_numpy(features[low : low + JUDGED_THROUGH].astype(np.float32))
+            made[low : low + JUDGED_THROUGH] = through({}, x).numpy()
+    return made
+
+
 def head_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of the head alone, without the network before it."""
     return {name: own for name, own in tensors.items() if not name.startswith(TAIL)}

@@ -50,7 +50,8 @@ def load_arrays(data: Data, *, one_client: bool = False) -> Examples:
     """Read ``x``, ``y`` and the optional ``domain``, ``client``, ``split`` and ``classes``.
 
     ``x`` is uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3] (images), or floating [n, d] (features,
-    kept as float32). ``y``, ``domain`` and ``client`` are whole numbers or strings [n]; ``split``
+    kept as float32) or [n, steps, channels] (series, kept as features with the channels of a step
+    side by side). ``y``, ``domain`` and ``client`` are whole numbers or strings [n]; ``split``
     is bool (is test), 0 / 1, or "train" / "test"; ``classes`` names the labels 0 to C - 1.
     ``one_client``: a single class will do, others may have more.
 
@@ -65,6 +66,7 @@ def load_arrays(data: Data, *, one_client: bool = False) -> Examples:
     problems = [f"array {name!r} is missing" for name in ("x", "y") if name not in arrays]
     if problems:
         raise data_problems(str(path), problems)
+    channels = arrays["x"].shape[2] if is_series(arrays["x"]) else None
     x, problems = check_x(arrays["x"], data.max_pixels)
     columns: dict[str, Column] = {}
     for name in ("y", "domain", "client"):
@@ -91,11 +93,19 @@ def load_arrays(data: Data, *, one_client: bool = False) -> Examples:
         problems.append("y has only one class; a classifier needs two")
     if problems:
         raise data_problems(str(path), problems)
-    return build_examples(x, columns, is_test)
+    return build_examples(x, columns, is_test, channels)
+
+
+def is_series(x: AnyArray) -> bool:
+    """Whether an array holds series: floating [n, steps, channels]."""
+    return x.ndim == 3 and x.dtype.kind == "f" and x.size > 0
 
 
 def build_examples(
-    x: AnyArray, columns: Mapping[str, Column], is_test: npt.NDArray[np.bool_] | None
+    x: AnyArray,
+    columns: Mapping[str, Column],
+    is_test: npt.NDArray[np.bool_] | None,
+    channels: int | None = None,
 ) -> Examples:
     """Checked arrays as examples."""
     none = Column(np.empty(0, np.int32), ())
@@ -112,6 +122,7 @@ def build_examples(
         fingerprint,
         images=ArrayImages(x) if images else None,
         features=None if images else x,
+        channels=channels,
         domains=domains,
         domain_names=domain.names,
         clients=clients,
@@ -204,7 +215,10 @@ def read_header(
 
 def check_x(x: AnyArray, max_pixels: int) -> tuple[AnyArray, list[str]]:
     """Images as they are, features as float32, and what is wrong with them."""
-    form = "uint8 images [n, h, w] or [n, h, w, 3], or floating features [n, d]"
+    form = (
+        "uint8 images [n, h, w] or [n, h, w, 3], floating features [n, d], or floating series "
+        "[n, steps, channels]"
+    )
     got = f"x is {x.dtype} {list(x.shape)}, not {form}"
     if x.size == 0:
         return x, [f"x is empty: {got}"]
@@ -216,6 +230,8 @@ def check_x(x: AnyArray, max_pixels: int) -> tuple[AnyArray, list[str]]:
         return x, []
     if x.ndim == 2 and x.dtype.kind in "iub":
         return x, [f"{got}; for features use x.astype('float32')"]
+    if is_series(x):
+        x = x.reshape(len(x), -1)
     if x.ndim > 2 and x.dtype.kind in "iuf":
         return x, [f"{got}; for images scale them to 0 to 255 and use x.astype('uint8')"]
     if x.ndim != 2 or x.dtype.kind != "f":

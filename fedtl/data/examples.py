@@ -113,6 +113,7 @@ class Examples:
         notes: what the loader left out, one line each, to be shown to the user.
         dealt: hex BLAKE2b over what is not in the fingerprint, since the features do not depend on
             it: clients by a pattern, a split file, permuted labels; "" where nothing is.
+        channels: of series, that stand side by side in ``features``; None where nothing is known.
     """
 
     labels: Int32
@@ -129,6 +130,7 @@ class Examples:
     dealt: str = ""
     texts: Texts | None = None
     table: Table | None = None
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         kinds = (self.images, self.features, self.texts, self.table)

@@ -196,7 +196,8 @@ def layout_problems(
         owners = {folder.partition("/")[0] for folder in folders if "/" in folder}
         empty += [folder for folder in folders if "/" not in folder and folder not in owners]
     if empty:
-        problems.append(f"folders without {'an' if what == 'image' else 'a'} {what}: {_some(sorted(empty))}")
+        article = "an" if what == "image" else "a"
+        problems.append(f"folders without {article} {what}: {_some(sorted(empty))}")
     held: dict[str, set[str]] = defaultdict(set)
     for folder in sorted(used):
         if folder.count("/") == depth - 1:

@@ -90,10 +90,10 @@ def _part(found: Any, data: Data, library: Any) -> Dataset:
     if isinstance(found, library.Dataset):
         return found
     if data.subset == "all":
-        return library.concatenate_datasets([found[name] for name in sorted(found)])  # type: ignore[no-any-return]
+        return library.concatenate_datasets([found[name] for name in sorted(found)])
     if data.subset not in found:
         raise unknown_name("part of this data set", data.subset, found, where="data.subset")
-    return found[data.subset]  # type: ignore[no-any-return]
+    return found[data.subset]
 
 
 def _by_name(name: str, data: Data) -> Dataset:

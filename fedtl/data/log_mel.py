@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,9 @@ MAX_CHANNELS = 64
 WINDOW_SECONDS, HOP_SECONDS = 0.025, 0.010
 RANGE_DECIBEL = 80.0
 """Below its loudest place by this much a picture is black."""
+
+LOUDEST = 1e30
+"""A floating sample beyond it is none: its square is infinite."""
 
 FRAMES_AT_ONCE = 256
 
@@ -97,7 +101,8 @@ def filter_bank(rate: int, bands: int, window: int) -> Float64:
     bins = np.arange(length // 2 + 1) * (rate / length)
     low, top, high = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     up, down = (bins - low) / (top - low), (high - bins) / (high - top)
-    return np.maximum(0.0, np.minimum(up, down))
+    bank: Float64 = np.maximum(0.0, np.minimum(up, down))
+    return bank
 
 
 def log_mel(samples: Float64, picture: Picture) -> Pixels:
@@ -148,14 +153,14 @@ def read_wav(data: bytes, picture: Picture, where: str = "recording") -> Float64
         raise BadImage(where, f"claims {samples.shape[1]} channels, more than {MAX_CHANNELS}")
     if not len(samples):
         raise BadImage(where, "has no sample")
-    kind = samples.dtype
-    samples = samples[: math.ceil(rate * picture.seconds)].astype(np.float64)
-    if kind.kind in "iu":
-        middle, top = (128.0, 128.0) if kind == np.uint8 else (0.0, -float(np.iinfo(kind).min))
-        samples = (samples - middle) / top
-    if not np.isfinite(samples).all() or np.abs(samples).max() > 1e30:
+    values: Float64 = samples[: math.ceil(rate * picture.seconds)].astype(np.float64)
+    if samples.dtype == np.uint8:
+        values = (values - 128.0) / 128.0
+    elif samples.dtype.kind == "i":
+        values = values / -float(np.iinfo(samples.dtype).min)
+    if not np.isfinite(values).all() or np.abs(values).max() > LOUDEST:
         raise BadImage(where, "has samples that are no finite numbers")
-    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
+    mono: Float64 = values if values.ndim == 1 else values.mean(axis=1)
     if rate == picture.rate:
         return mono
     from scipy.signal import resample_poly
@@ -165,7 +170,7 @@ def read_wav(data: bytes, picture: Picture, where: str = "recording") -> Float64
     return resampled
 
 
-def _decoded(data: bytes, where: str) -> tuple[int, npt.NDArray[np.number]]:
+def _decoded(data: bytes, where: str) -> tuple[int, npt.NDArray[Any]]:
     """Rate and samples, [n] or [n, channels], as they are in the file."""
     from scipy.io import wavfile
 

@@ -43,7 +43,7 @@ class TableRows:
     """What trunks and heads see of a table.
 
     Attributes:
-        matrix: float32 [N, W], finite; rows that nobody holds are 0.
+        matrix: float32 [N, W], finite; numbers of rows that nobody holds are 0.
         columns: the W names: numbers, what is missing of them, and ``column=category``.
         notes: what a user should know of the columns.
         shared: what was sent for it, one line; "" where nothing was.

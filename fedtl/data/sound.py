@@ -42,9 +42,7 @@ def load_sound(data: Data, *, one_client: bool = False) -> Examples:
     paths = [path for path in files.paths if path.lower().endswith(EXTENSIONS)]
     paths.sort(key=lambda path: (unicodedata.normalize("NFC", path), path))
     if data.label_pattern is None:
-        problems = layout_problems(
-            paths, files.folders, data, one_client, "recording", EXTENSIONS
-        )
+        problems = layout_problems(paths, files.folders, data, one_client, "recording", EXTENSIONS)
         if problems:
             raise data_problems(str(files.root), problems)
     elif not paths:
@@ -82,6 +80,9 @@ def _examples(
     domains, domain_names = None, tuple[str, ...]()
     if data.domains:
         domains, domain_names = numbered([name.partition("/")[0] for name in names])
+    elif data.domain_pattern is not None:
+        found = named_by(names, data.domain_pattern, "data.domain_pattern", "domain")
+        domains, domain_names = numbered(found)
     clients, client_names, dealt = None, tuple[str, ...](), ""
     if data.client_pattern is not None:
         found = named_by(names, data.client_pattern, "data.client_pattern", "client")

@@ -67,9 +67,9 @@ def load_table(data: Data, *, one_client: bool = False) -> Examples:
     """A ``.csv`` (comma-separated UTF-8 with a header) or ``.parquet`` file as a table.
 
     Numbers may be missing: an empty cell, NA, NaN, null, None or ``?``. Names are compared as text,
-    but ``1.0`` is ``1``, which is what programs make of whole numbers in a column with gaps. Classes
-    are sorted, by number where all are whole numbers. A column ``split`` is used like that of a csv
-    of features unless the scenario gives it another role.
+    but ``1.0`` is ``1``, which is what programs make of whole numbers in a column with gaps.
+    Classes are sorted, by number where all are whole numbers. A column ``split`` is used like that
+    of a csv of features unless the scenario gives it another role.
     ``one_client``: a single class will do, others may have more.
 
     Raises:
@@ -157,7 +157,8 @@ def find_roles(header: Sequence[str], data: Data, where: str) -> Roles:
 
 
 def _missing(name: str, header: Sequence[str]) -> str:
-    near = nearest(name, header)
+    begins = (other for other in header if other.lower().startswith(name.lower()))
+    near = nearest(name, header) or next(begins, None)
     return f"column {name!r} is missing" + (f"; is it {near!r}?" if near else "")
 
 

@@ -132,7 +132,8 @@ def text_examples(
     if not texts:
         raise InputError("no row with a text and a label", where=where)
     if long := [int(keep[i]) for i, text in enumerate(texts) if len(text) > MAX_CHARACTERS]:
-        gaps.append(told(names["text"], f"more than {MAX_CHARACTERS:,} characters", len(long), long))
+        what = f"more than {MAX_CHARACTERS:,} characters"
+        gaps.append(told(names["text"], what, len(long), long))
     bad = [p for role, c in values.items() for p in bad_words(c, names[role], role)]
     problems = [*gaps, *(problem for problem in bad if problem not in gaps)]
     if not problems:

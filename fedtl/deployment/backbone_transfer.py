@@ -156,6 +156,8 @@ def read_announcement(facts: Any) -> Announcement:
             "the server announces a backbone that would run its code or read data here",
             got=repr(section.name),
         )
+    if section.name not in {PACKAGED: _PACKAGES, IDENTITY: _NO_WEIGHTS}.get(kind, (section.name,)):
+        raise InputError("the server announces weights that this backbone does not have")
     if any(values is not None and len(values) != 3 for values in (section.mean, section.std)):
         raise InputError("the server announces a backbone for images of other than three colours")
     if kind != FILE:
@@ -166,8 +168,10 @@ def read_announcement(facts: Any) -> Announcement:
         facts.get("num_bytes"),
     )
     fitting = (GRAPH,) if section.name == "onnx" else TENSORS
-    if not isinstance(sha256, str) or not _HASH.fullmatch(sha256) or suffix not in fitting:
-        raise SecurityRefusal("the announced weights have no proper hash or file type")
+    if not isinstance(sha256, str) or not _HASH.fullmatch(sha256):
+        raise SecurityRefusal("the announced weights have no proper hash")
+    if not isinstance(suffix, str) or suffix not in fitting:
+        raise SecurityRefusal("the announced weights have no proper file type")
     if type(size) is not int or not 0 < size <= weights.MAX_BYTES:
         raise SecurityRefusal(
             f"the announced weights have {size!r} bytes; 1 to {weights.MAX_BYTES:,} are allowed"

@@ -90,6 +90,8 @@ class _Judging:
             self.begin(name)
             if name in NOT_HERE:
                 self.note(NOT_HERE[name])
+            elif name == "start":
+                found[name] = _shared(self.engine.evaluate(self.federation.head, own.clients))
             elif name == "local_only":
                 alone, names = self._alone(own.clients, "personal" in found)
                 if not len(alone.metrics.clients):

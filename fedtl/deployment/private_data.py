@@ -27,6 +27,7 @@ from fedtl.data.leakage import find_leaks
 from fedtl.data.sound import EXTENSIONS, load_sound
 from fedtl.data.table_files import SUFFIXES, column_names
 from fedtl.data.tables import load_table
+from fedtl.data.texts import load_texts
 from fedtl.deployment.backbone_transfer import Announcement
 from fedtl.deployment.pledge import Pledge
 from fedtl.errors import InputError
@@ -190,20 +191,23 @@ LOADERS: Mapping[str, Callable[..., Examples]] = {
     "folder": load_folder,
     "table": load_table,
     "sound": load_sound,
+    "texts": load_texts,
 }
 """Sources that one client may have."""
 
 TOLD = {
     "table": ("label", "numeric", "categorical", "categories", "ignore", "scaling"),
     "sound": ("label_pattern", "rate", "seconds", "mel_bands"),
+    "texts": ("label", "text"),
 }
 """What a client is told of how its data are read, beside which source they are."""
 
 
 def told_of(data: schema.Data) -> dict[str, Any]:
     """What a server tells its clients of ``[data]``; no path of its own."""
-    kept = {key: getattr(data, key) for key in TOLD.get(data.source, ())}
-    return {"source": data.source, **kept}
+    # a client's texts are a file of its own, whatever the server's come from
+    source = "texts" if data.source == "datasets" else data.source
+    return {"source": source} | {key: getattr(data, key) for key in TOLD.get(source, ())}
 
 
 def own_data(path: Path, told: Any) -> dict[str, Any]:
@@ -216,7 +220,7 @@ def own_data(path: Path, told: Any) -> dict[str, Any]:
         raise InputError("the server does not say how data are read")
     source = str(told.get("source", ""))
     own = {"path": str(path.absolute())}
-    if source not in TOLD or (source == "table") != (path.suffix.lower() in SUFFIXES):
+    if source not in TOLD or (source in ("table", "texts")) != (path.suffix.lower() in SUFFIXES):
         return own | {"source": source_of(path)}
     return own | {"source": source} | {key: told.get(key) for key in TOLD[source]}
 

@@ -35,6 +35,7 @@ from fedtl.strategies import make_strategy, notes_of, protected
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.tails import first_head, open_network
+from fedtl.transfer.zero_shot import with_names
 
 if TYPE_CHECKING:
     from fedtl.engines.flower_engine import FlowerEngine
@@ -203,6 +204,7 @@ def _prepare(
     check_cohort(scenario, roster.num_clients)
     _, tail = open_network(scenario.backbone, scenario.transfer, scenario.seed)
     head = first_head(scenario, tail, roster.width, len(roster.classes))
+    head = with_names(head, scenario, backbone, roster.classes, scenario.backbone.extraction)
     strategy, promise = make_strategy(scenario, roster.names), promise_to(scenario, roster)
     strategy = protected(strategy, scenario, promise, roster.train)
     if promise is not None:

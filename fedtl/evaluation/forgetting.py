@@ -74,7 +74,7 @@ class Source:
         judged = stratified_test(everybody, key, labels, JUDGED_FRACTION)
         before = self._features(matrix, first)
         old = _probe(before, examples, judged, self.threads)
-        facts = {
+        facts: dict[str, Any] = {
             "source": Path(str(self.scenario.evaluation.source_path)).name,
             "fitted": int((~judged).sum()),
             "judged": int(judged.sum()),
@@ -96,16 +96,20 @@ class Source:
     def _at_cut(self, examples: Examples) -> npt.NDArray[np.floating[Any]]:
         section = self.scenario.backbone
         assert examples.images is not None
-        return FeatureStore().features(
-            self.backbone,
-            examples.images,
-            examples.fingerprint,
-            dtype="float16" if self.backbone.cut == INPUT else section.feature_dtype,
-            way=section.extraction,
-            device=self.scenario.engine.device,
-            threads=self.threads,
-            progress=lambda done, total: self.check(),
-        ).matrix
+        return (
+            FeatureStore()
+            .features(
+                self.backbone,
+                examples.images,
+                examples.fingerprint,
+                dtype="float16" if self.backbone.cut == INPUT else section.feature_dtype,
+                way=section.extraction,
+                device=self.scenario.engine.device,
+                threads=self.threads,
+                progress=lambda done, total: self.check(),
+            )
+            .matrix
+        )
 
     def _features(self, matrix: npt.NDArray[np.floating[Any]], tensors: Head) -> Float32:
         """What the head would stand on, float32 [n, D]."""
@@ -118,7 +122,7 @@ class Source:
         with network(self.tail) as through, torch.no_grad():
             for low in range(0, len(matrix), JUDGED_THROUGH):
                 self.check()
-                x = np.asarray(matrix[low : low + JUDGED_THROUGH], np.float32)
+                x = np.array(matrix[low : low + JUDGED_THROUGH], np.float32)  # torch wants to write
                 parts.append(through(own, torch.from_numpy(x)).numpy())
         return np.concatenate(parts)
 

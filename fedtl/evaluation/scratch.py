@@ -104,6 +104,7 @@ def _moved(judge: Judge, rows: Int64, features: Float32) -> Judge:
         labels=population.labels[rows],
         train=Rows(np.empty(0, np.int64), np.zeros_like(ends)),
         test=Rows(index, ends),
+        tail=None,
     )
     return replace(judge, population=moved, everyone=np.searchsorted(rows, judge.everyone))
 

@@ -98,18 +98,24 @@ def export_run(
     return {"files": [str(one) for one in written], "card": card}
 
 
-def load_model(path: str | Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+def load_model(
+    path: str | Path, own_code: bool = False
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The program of a safetensors file as a torch module, and its card.
+
+    Args:
+        own_code: whether code of this machine may be run that the file names (hub, module).
 
     Raises:
         InputError: not such a file.
+        SecurityRefusal: it names code to run, and that was not allowed.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), "np") as file:
             card = json.loads((file.metadata() or {})["card"])
-        return rebuilt(Path(path).read_bytes()), card
+        return rebuilt(Path(path).read_bytes(), own_code), card
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError("not a model that fedtl exported", where=path) from error
 

@@ -14,6 +14,7 @@ from fedtl import machine
 from fedtl.export.opened import Model
 from fedtl.export.rows import is_inside
 from fedtl.results.tables import RunTables, number
+from fedtl.transfer.backbones import Backbone
 from fedtl.types import TAIL
 
 FORMAT = 1
@@ -44,7 +45,7 @@ def card_facts(model: Model, parity: Mapping[str, Any] | None = None) -> dict[st
         "inputs": inputs_of(model),
         "outputs": OUTPUTS,
         "preprocessing": preprocessing_of(model),
-        "trunk": {**model.front.card(), "cut": model.front.cut},
+        "trunk": _trunk(model.front),
         "head": {
             "kind": scenario.head.kind,
             "trained": scenario.transfer.mode,
@@ -70,6 +71,17 @@ def card_facts(model: Model, parity: Mapping[str, Any] | None = None) -> dict[st
         },
         "limits": _limits(model, metrics),
         "parity": None if parity is None else dict(parity),
+    }
+
+
+def _trunk(front: Backbone) -> dict[str, Any]:
+    return {
+        "name": front.name,
+        "model": front.settings.get("model"),
+        "source": front.weights_source,
+        "sha256": front.weights_hash,
+        "licence": front.licence or "unknown",
+        "cut": front.cut,
     }
 
 
@@ -103,7 +115,8 @@ def preprocessing_of(model: Model) -> dict[str, Any]:
                 "decode, turn upright as EXIF says, RGB, transparency over white",
                 f"resize so that the shorter side is {own.resize} pixels, {own.interpolation}, "
                 "antialiased as Pillow does (the longer side: rounded down)",
-                f"cut out the {own.crop} x {own.crop} pixels in the centre",
+                f"cut out the {own.crop} x {own.crop} pixels in the centre (left and top: half of "
+                "what is over, a half rounded to the even number)",
                 "nothing else: mean and deviation are inside the program",
             ],
             **(

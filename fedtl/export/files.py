@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtl.errors import InputError
+from fedtl.errors import InputError, SecurityRefusal
 from fedtl.export.build import onnx_model, onnx_runner, torch_model
 from fedtl.export.card_text import card_text
 from fedtl.export.opened import Model
@@ -112,13 +112,14 @@ def _safetensors(model: Model) -> Artefact:
     from safetensors.numpy import save
 
     from fedtl.export.joined import runner
+    from fedtl.transfer.skeletons import SKELETONS
 
     tensors: dict[str, Any] = {HEAD + name: tensor for name, tensor in model.head.items()}
     if model.takes == "rows":
         if model.front.name != "identity":
             raise _graph_only(model, "safetensors")
     else:
-        if not model.front.skeleton:
+        if model.front.skeleton.get("kind") not in SKELETONS:
             raise _graph_only(model, "safetensors")
         state = model.front.trunk().state_dict()
         tensors |= {FRONT + name: t.detach().cpu().numpy() for name, t in state.items()}
@@ -138,14 +139,22 @@ def _safetensors(model: Model) -> Artefact:
         {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
         metadata={"network": json.dumps(network)},
     )
-    return content, runner(rebuilt(content))
+    return content, runner(rebuilt(content, own_code=True))
 
 
-def rebuilt(content: bytes) -> Callable[..., Any]:
+OWN_CODE = ("hub", "module")
+"""Trunks whose network is code on this machine that the file only names."""
+
+
+def rebuilt(content: bytes, own_code: bool = False) -> Callable[..., Any]:
     """The program that a safetensors file holds, as a torch module; needs fedtl.
+
+    Args:
+        own_code: whether code of this machine may be run that the file names.
 
     Raises:
         InputError: not such a file, or a damaged one.
+        SecurityRefusal: it names code to run, and that was not allowed.
     """
     import torch
     from safetensors import SafetensorError
@@ -163,6 +172,13 @@ def rebuilt(content: bytes) -> Callable[..., Any]:
         def under(prefix: str) -> dict[str, Any]:
             return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
+        kind = facts["skeleton"].get("kind")
+        if kind in OWN_CODE and not own_code:
+            raise SecurityRefusal(
+                "this file names code of this machine that would have to be run",
+                got=f"a {kind} trunk",
+                do="Where you trust it, say load_model(path, own_code=True)",
+            )
         tail = None
         if facts["recipe"] is not None:
             shape = tuple(facts["shape"])

@@ -12,7 +12,7 @@ from rich.console import Console
 from fedtl.build import open_data
 from fedtl.data.leakage import check_leaks, find_leaks
 from fedtl.errors import InputError
-from fedtl.few_shot.episodes import METHODS, Pool, accuracies, episodes, interval
+from fedtl.few_shot.episodes import METHODS, Pool, accuracies, draw_many, interval
 from fedtl.interrupts import Interrupts
 from fedtl.ready_features import ExtractionProgress, ReadyFeatures, make_features
 from fedtl.scenario.schema import Scenario
@@ -72,7 +72,7 @@ def measure_episodes(
     for pool in _pools(ready, scenario.seed):
         for number in shots:
             interrupts.check("interrupted between episodes")
-            drawn = episodes(
+            drawn = draw_many(
                 pool, ready.examples.labels, ways, number, queries, count, scenario.seed
             )
             if drawn is not None:
@@ -152,7 +152,8 @@ def _pools(ready: ReadyFeatures, seed: int) -> list[Pool]:
     if len(clients) > CLIENTS_MOST:
         stream = seeding.generator(seed, "episode_clients")
         clients = np.sort(stream.choice(clients, CLIENTS_MOST, replace=False))
-    held = [np.sort(np.concatenate([split.train.of(k), split.test.of(k)])) for k in clients]
+    both = [(split.train.of(k), split.test.of(k)) for k in clients.tolist()]
+    held = [np.sort(np.concatenate(parts)) for parts in both]
     pools += [Pool(split.names[k], own, own) for k, own in zip(clients, held, strict=True)]
     if len(split.names) > 1:
         pools += [

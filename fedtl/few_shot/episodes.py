@@ -168,7 +168,7 @@ def interval(values: Float64) -> tuple[float, float]:
     return float(values.mean()), NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def episodes(
+def draw_many(
     pool: Pool, labels: Int32, ways: int, shots: int, queries: int, count: int, seed: int
 ) -> tuple[Int64, Int64] | None:
     """Support [count, ways, shots] and queries [count, ways, queries]; None with too few classes.

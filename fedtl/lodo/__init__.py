@@ -26,6 +26,7 @@ from statsmodels.stats.proportion import proportion_confint  # type: ignore[impo
 from fedtl import simulation
 from fedtl.build import population_of, resolve_device
 from fedtl.clients.evaluation import evaluate_heads
+from fedtl.clients.networks import pretrained
 from fedtl.errors import InputError
 from fedtl.evaluation.quick_head import accuracy, quick_answers
 from fedtl.interrupts import Interrupts
@@ -156,7 +157,8 @@ def _judged(study: Study, domain: int, head: Head, everybody: Head) -> dict[str,
     """One domain's examples, under the head that never saw it and under others."""
     split = study.split(domain)
     tests, threads = split.test.index, allowed_threads(study.opened.scenario)
-    alone = population_of(replace(study.ready, split=split))
+    plain = pretrained(study.ready.tail, study.ready.matrix)
+    alone = population_of(replace(study.ready, split=split, matrix=plain, tail=None))
     inside, outside = study.classes(domain)
     names = study.ready.examples.classes
     return {
@@ -183,6 +185,7 @@ def _accuracy(study: Study, head: Head, rows: Int64) -> float | None:
         len(examples.classes),
         threads=allowed_threads(scenario),
         device=resolve_device(scenario),
+        tail=study.ready.tail,
     )
     return float(found.correct.sum() / found.count.sum())
 

@@ -61,9 +61,22 @@ class Study:
             kept, left = np.flatnonzero(self.of != domain), self.domains[domain]
         fingerprint = content_hash("without", examples.fingerprint, left)
         ready = replace(
-            examples, images=None, features=self.ready.matrix, fingerprint=fingerprint, notes=()
+            examples,
+            images=None,
+            texts=None,
+            table=None,
+            features=self.ready.matrix,
+            channels=None,
+            fingerprint=fingerprint,
+            notes=(),
         )
-        return replace(self.opened, examples=ready, split=_only(self.ready.split, kept))
+        through = replace(self.opened.backbone, embed=None)  # they went through it already
+        return replace(
+            self.opened,
+            examples=ready,
+            split=_only(self.ready.split, kept),
+            backbone=through,
+        )
 
 
 def open_study(scenario: Scenario, progress: ExtractionProgress) -> Study:

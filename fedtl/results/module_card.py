@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fedtl.errors import InputError
-from fedtl.types import TAIL, Head
+from fedtl.scenario.schema import Scenario
+from fedtl.types import TAIL, Head, Roster
 
 FORMAT = "fedtl-module 1"
 HEAD = "head.safetensors"
@@ -66,7 +68,7 @@ class Card:
         """
         try:
             return json.loads(self.facts[key])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.damaged(f"its card's {key!r} cannot be read") from error
 
     def damaged(self, why: str) -> InputError:
@@ -89,6 +91,57 @@ class Card:
             "classes": list(self.classes),
             "tensors": {name: list(shape) for name, shape in self.tensors.items()},
         }
+
+
+def card_facts(
+    scenario: Scenario,
+    roster: Roster,
+    backbone: Mapping[str, Any],
+    rounds: int,
+    measured: Mapping[str, Any],
+    epsilon: float | None,
+    whole: bool,
+) -> dict[str, str]:
+    """What a run's head fits and where it is from: the metadata of its file.
+
+    Of the data only counts are told, and of this machine no path.
+
+    Args:
+        backbone: ``Backbone.card()``.
+        rounds: that it was trained for.
+        measured: of the clients' tests.
+        epsilon: None promises nothing.
+        whole: whether it is a model without anything that only clients have.
+    """
+    sections = scenario.canonical()
+    trained_on = {
+        "clients": roster.num_clients,
+        "examples": int(roster.train.sum()),
+        "domains": len({domain for domain in roster.domains if domain}),
+        "rounds": rounds,
+    }
+    found = {name: measured[name] for name in ("accuracy", "balanced_accuracy")}
+    return {
+        "format": FORMAT,
+        "fedtl": version("fedtl"),
+        "scenario_hash": scenario.hash(),
+        "backbone": backbone["name"],
+        "backbone_sha256": backbone["weights_sha256"],
+        "backbone_source": backbone["weights_source"],
+        "backbone_licence": backbone["licence"],
+        "preprocessing": json.dumps(backbone["preprocessing"]),
+        "settings": json.dumps(backbone["settings"]),
+        "cut": backbone["cut"],
+        "mode": scenario.transfer.mode,
+        "kind": scenario.head.kind,
+        "classes": "\n".join(roster.classes),
+        "seed": str(scenario.seed),
+        "sections": json.dumps({key: sections[key] for key in ("backbone", "transfer", "head")}),
+        "trained_on": json.dumps(trained_on),
+        "measured": json.dumps({**found, "epsilon": epsilon}),
+        "aligned": scenario.adaptation.features,
+        "whole": "yes" if whole else "no",
+    }
 
 
 NEEDED = ("backbone", "backbone_sha256", "cut", "kind", "mode", "classes", "seed")
@@ -120,7 +173,11 @@ def read_card(path: Path) -> Card:
         raise _no_module(path, made)
     if lacking := [key for key in (*NEEDED, *PARTS) if key not in facts]:
         raise _no_module(path, f"its card lacks {', '.join(lacking)}")
-    return Card(path, facts, shapes, size)
+    card = Card(path, facts, shapes, size)
+    for key in PARTS:
+        if not isinstance(card.part(key), dict | None):
+            raise card.damaged(f"its card's {key!r} is no table")
+    return card
 
 
 def read_module(card: Card) -> Head:

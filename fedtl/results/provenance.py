@@ -44,6 +44,7 @@ def cost(run: RunTables) -> list[tuple[str, str]]:
             rows.append((title, f"{found:,.1f} seconds"))
     if (memory := number(summary.get("peak_rss_mib"))) is not None:
         rows.append(("Memory at most", f"{memory:,.0f} MiB"))
+    rows += estimated(summary.get("cost") or {})
     if summary.get("cpu"):
         rows.append(
             (
@@ -52,6 +53,30 @@ def cost(run: RunTables) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def estimated(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Passes, float operations and energy, as far as they are known: name and figure."""
+    passes, flops = card.get("passes", {}), card.get("flops", {})
+    rows = []
+    if (now := number(passes.get("trunk"))) is not None:
+        made = number(passes.get("trunk_when_made"))
+        stored = f" ({made:,.0f} when their features were made)" if not now and made else ""
+        rows.append(("Examples through the backbone", f"{now:,.0f}{stored}"))
+    if (trained := number(passes.get("examples_trained"))) is not None:
+        rows.append(("Examples trained on, over all rounds", f"{trained:,.0f}"))
+    for name, title in (("trunk", "the backbone"), ("training", "the training")):
+        if (found := number(flops.get(name))) is not None:
+            rows.append((f"Operations of {title}", f"{found / 1e9:,.2f} GFLOP"))
+    if (energy := number(card.get("energy_wh"))) is not None:
+        co2 = number(card.get("co2_g")) or 0.0
+        rows.append(("Energy, an estimate", f"{energy:.2g} Wh, {co2:.2g} g of CO2"))
+    return rows
+
+
+def assumptions(run: RunTables) -> list[str]:
+    """What the estimates of the cost rest on."""
+    return [str(line) for line in ((run.summary or {}).get("cost") or {}).get("assumptions", ())]
 
 
 def warnings(run: RunTables) -> list[str]:

@@ -48,6 +48,7 @@ BESIDE = (
     "fine_tuned",
     "best_client",
     "from_scratch",
+    "start",
     "unprotected",
     "personal",
 )

@@ -26,6 +26,7 @@ HEAD_WORDS = {
     "best_client": ("Best single client", "the best of the clients' own models, used by all"),
     "unprotected": ("Without privacy", "the same training without noise: what privacy cost"),
     "from_scratch": ("From scratch", "the whole network trained without the pretrained weights"),
+    "start": ("Start", "the model before anybody trained"),
 }
 """Each head's name on the page and what it is, in the order they are shown."""
 
@@ -212,6 +213,24 @@ def forgetting(run: RunTables) -> dict[str, Any] | None:
         f"{frame['name'].loc[lost.index].iloc[worst]}: {points(-lost.iloc[worst])} points.",
         "mean": float(lost.mean()),
     }
+
+
+def source_task(run: RunTables) -> str | None:
+    """What the network forgot of the task that its weights were trained for."""
+    told = (run.summary or {}).get("forgetting")
+    if not told:
+        return None
+    before = f"{percent(told['before'])} of {told['judged']:,} pictures of {told['source']}"
+    if told["by_construction"]:
+        return (
+            f"Of its source task the network forgot nothing: only a head was trained on it. "
+            f"A probe on its features is right on {before}."
+        )
+    return (
+        f"On its source task a probe on the pretrained network is right on {before}; on the "
+        f"trained one on {percent(told['after'])} ({points(-told['forgotten'])} points), and when "
+        f"fitted anew on {percent(told['after_refitted'])} ({points(-told['lost'])} points)."
+    )
 
 
 def by_domain(run: RunTables) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def real_backbone_problems(scenario: Scenario) -> Iterator[Problem]:
     if scenario.backbone.name in OWN_CODE:
         yield Problem(
             "backbone.name",
-            "is code, and real clients run no code that a server names",
+            "real clients run no code that a server names",
             repr(scenario.backbone.name),
             'a torchvision model, "timm", or the network exported for "onnx"',
         )

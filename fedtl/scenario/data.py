@@ -47,9 +47,12 @@ class Data(Section):
         description="sound: regular expression whose groups name the class in a file's path, e.g. "
         r"^(\d)_ where files are not in class folders",
     )
+    domain_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
+        None, description="sound: the same for the domain, where there are no folders of domains"
+    )
     client_pattern: Annotated[str, Field(min_length=3, max_length=500)] | None = Field(
         None,
-        description="folder, sound: regular expression whose groups name the client in a file's path, "
+        description="folder, sound: regular expression whose groups name the client in a path, "
         r"e.g. _(\d+)\.png$ for Omniglot's drawers",
     )
     test_fraction: OpenFraction = Field(

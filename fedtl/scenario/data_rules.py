@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from fedtl.errors import Problem
 from fedtl.scenario.schema import Data, Scenario
 
-
 ROWS = ("identity", "fourier", "forest", "windows")
 """Backbones that take rows of numbers and nothing else."""
 
@@ -56,9 +55,8 @@ def partition(scenario: Scenario) -> Iterator[Problem]:
     """Which partitions these data can have."""
     clients, data = scenario.clients, scenario.data
     wants_domains = clients.partition == "domain" or clients.within_domains
-    if wants_domains and (
-        data.source == "torchvision" or (data.source in ("folder", "sound") and not data.domains)
-    ):
+    by_path = data.source in ("folder", "sound") and not (data.domains or data.domain_pattern)
+    if wants_domains and (data.source == "torchvision" or by_path):
         yield Problem(
             "clients.partition",
             f'a split by domain needs domains, and source "{data.source}" has none here',
@@ -110,10 +108,11 @@ def folder(scenario: Scenario) -> Iterator[Problem]:
         )
     yield from _pattern(data, "client_pattern", "client", ("folder", "sound"))
     yield from _pattern(data, "label_pattern", "class", ("sound",))
-    if data.label_pattern is not None and data.domains:
-        yield Problem(
-            "data.label_pattern", "finds the class anywhere, and there are no folders of domains"
-        )
+    yield from _pattern(data, "domain_pattern", "domain", ("sound",))
+    for key in ("label_pattern", "domain_pattern"):
+        if getattr(data, key) is not None and data.domains:
+            what = "data.domains says that folders tell it"
+            yield Problem(f"data.{key}", what, repr(getattr(data, key)), do="Remove one of them")
 
 
 def _pattern(data: Data, key: str, what: str, sources: tuple[str, ...]) -> Iterator[Problem]:
@@ -125,7 +124,7 @@ def _pattern(data: Data, key: str, what: str, sources: tuple[str, ...]) -> Itera
     if data.source not in sources:
         why = f'is looked for in paths of files, and source "{data.source}" has none'
         if data.source == "folder":
-            why = "is for recordings; images lie in folders of their class"
+            why = "is for recordings; images lie in folders of their class and domain"
         yield Problem(where, why, repr(pattern))
     try:
         groups = re.compile(pattern).groups

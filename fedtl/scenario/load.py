@@ -30,6 +30,9 @@ PATH_KEYS = (
 )
 """Keys that may hold a path, with a pattern of the words that are none."""
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(?<!\.pth|.\.pt|onnx|sors)")
+"""Weights that are no path where no such file is: the name of a model on the hub."""
+
 
 def scenario_folders() -> list[Path]:
     """Where a scenario's bare name is looked up: here, then what came with fedtl."""
@@ -176,7 +179,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         parsed = value.strip()
     for table, entry, words in PATH_KEYS:
         if parts == [table, entry]:
-            parsed = _absolute(parsed, words, Path.cwd(), "--set")
+            parsed = _absolute(parsed, words, Path.cwd(), f"{table}.{entry}")
     return parts, parsed
 
 
@@ -227,7 +230,9 @@ def _absolute(value: Any, words: str, folder: Path, where: str) -> Any:
     if not isinstance(value, str) or not value or re.fullmatch(words, value):
         return value
     try:
-        return str((folder / Path(value).expanduser()).resolve())
+        path = (folder / Path(value).expanduser()).resolve()
+        hub = where == "backbone.weights" and HUB_NAME.fullmatch(value) and not path.exists()
+        return value if hub else str(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"not a path: {error}", where=where, got=repr(value[:80])) from error
 

@@ -198,12 +198,21 @@ class Evaluation(Section):
     """What the heads are compared with and how often they are judged."""
 
     references: list[
-        Literal["local_only", "centralised", "ridge", "fine_tuned", "best_client", "from_scratch"]
+        Literal[
+            "local_only",
+            "centralised",
+            "ridge",
+            "fine_tuned",
+            "best_client",
+            "from_scratch",
+            "start",
+        ]
     ] = Field(
         ["local_only", "centralised", "fine_tuned"],
         description="each client alone; the pooled optimum; the pooled ridge head; the shared head "
         "tuned by each client for itself; the best of the clients' own heads; the whole network "
-        "trained on everybody's images from random weights",
+        "trained on everybody's images from random weights; the head before any training, which with "
+        "head.initial = names is zero-shot",
     )
     fine_tune_epochs: Count = Field(5, description="of the reference fine_tuned")
     scratch_epochs: Count | None = Field(
@@ -246,6 +255,16 @@ class Report(Section):
 
     examples: Annotated[int, Field(ge=0, le=20)] = Field(
         0, description="example images of each client on the page; 0 shows none"
+    )
+    watts_per_core: Positive = Field(
+        12.0,
+        description="power of one busy core, for the estimate of energy; 12 W is taken where the "
+        "processor is not known (Lannelongue et al. 2021, doi 10.1002/advs.202100707)",
+    )
+    grams_per_kwh: NonNegative = Field(
+        475.0,
+        description="CO2 of a kilowatt hour, for the estimate; 475 g is the world's mean of 2019 "
+        "(IEA)",
     )
 
 

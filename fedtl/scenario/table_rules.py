@@ -74,11 +74,10 @@ def _trunks(scenario: Scenario) -> Iterator[Problem]:
             yield Problem(
                 "backbone.model", "no such forest", repr(backbone.model), ", ".join(FORESTS)
             )
-    if backbone.name in ROWS and scenario.adaptation.input == "match":
-        if backbone.name != "identity":  # which has said so
+    if backbone.name in ROWS and backbone.name != "identity":  # which is refused elsewhere
+        if scenario.adaptation.input == "match":
             yield Problem("adaptation.input", "it changes pixels, and there are rows", '"match"')
-    if backbone.name in ROWS and "from_scratch" in scenario.evaluation.references:
-        if backbone.name != "identity":
+        if "from_scratch" in scenario.evaluation.references:
             yield Problem(
                 "evaluation.references",
                 '"from_scratch" trains a network on images, and there are only rows',

@@ -48,10 +48,21 @@ def pictures(scenario: Scenario) -> Iterator[Problem]:
         return
     views, image_size = scenario.augmentation.views, scenario.backbone.image_size
     given = (
-        ("shift.kinds", scenario.shift.kinds, "shifts are made to images", "[]"),
-        ("adaptation.input", _unless(scenario.adaptation.input, "none"), "matches images", '"none"'),
-        ("augmentation.views", _unless(views, 1), "views are made of images", "1"),
-        ("backbone.image_size", image_size, "is the side of a picture", "no such key"),
+        ("shift.kinds", scenario.shift.kinds, "pictures are shifted", "[]"),
+        (
+            "adaptation.input",
+            _unless(scenario.adaptation.input, "none"),
+            "pictures are matched",
+            '"none"',
+        ),
+        ("augmentation.views", _unless(views, 1), "pictures have views", "1"),
+        (
+            "evaluation.references",
+            "from_scratch" in scenario.evaluation.references and "from_scratch",
+            "pictures are trained on",
+            "the other references",
+        ),
+        ("backbone.image_size", image_size, "a picture has this side", "no such key"),
     )
     for where, value, why, allowed in given:
         if value:

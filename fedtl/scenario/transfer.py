@@ -97,6 +97,11 @@ class Head(Section):
         description="fed3r: round 1 makes a closed-form head to start from; names: zero-shot, the "
         "embeddings of the classes' names by a trunk that reads text",
     )
+    names: list[Annotated[str, Field(min_length=1, max_length=500)]] = Field(
+        default_factory=list,
+        description="initial = names: what the classes are in words, in their order; default as "
+        "the labels are called",
+    )
     prompt: Annotated[str, Field(min_length=2, max_length=500)] = Field(
         "{}", description="initial = names: the text that a class's name is put into"
     )

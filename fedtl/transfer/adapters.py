@@ -43,12 +43,12 @@ class Bottleneck(nn.Module):
 
     def __init__(self, layer: nn.Module, width: int, key: int) -> None:
         super().__init__()
-        out = int(layer.weight.shape[0])
+        weight = layer.get_parameter("weight")
+        out = int(weight.shape[0])
         kind: Any = nn.Linear
         more: tuple[int, ...] = ()
         if not isinstance(layer, nn.Linear):
-            dims = layer.weight.ndim - 2
-            kind, more = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1], (1,)
+            kind, more = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3], (1,)
         self.down, self.up = kind(out, width, *more), kind(width, out, *more)
         stream, bound = seeding.generator(key, "adapter"), out**-0.5
         for own in (self.down.weight, self.down.bias):
@@ -87,16 +87,18 @@ def adapters(module: nn.Module, reached: Set[str], recipe: Mapping[str, Any]) ->
         if not named and getattr(part, "groups", 1) > 1:
             continue
         key = int(seeding.named_keys(recipe["seed"], "adapter", [TAIL + layer])[0])
-        part.add_module("adapter", Bottleneck(part, recipe["width"], key).requires_grad_(False))
+        bottleneck = Bottleneck(part, recipe["width"], key).requires_grad_(False)
+        part.add_module("adapter", bottleneck)
         part.register_forward_hook(_adapted)
-        names += [f"{layer}.adapter.{own}" for own in dict(part.adapter.named_parameters())]
+        names += [f"{layer}.adapter.{own}" for own, _ in bottleneck.named_parameters()]
     if not names:
         raise _refused(recipe, "no layer behind the cut can be followed by an adapter")
     return names
 
 
 def _adapted(part: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return output + part.adapter(output)  # type: ignore[operator]
+    added: Tensor = part.get_submodule("adapter")(output)
+    return output + added
 
 
 class Prompt(nn.Module):

@@ -105,6 +105,12 @@ class Backbone:
         """S, the side in pixels of what the trunk sees."""
         return self.preprocessing.crop
 
+    @property
+    def label(self) -> str:
+        """What to call it: the name, and which model of that kind it is."""
+        model = self.settings.get("model")
+        return f"{self.name} {model}" if model else self.name
+
     @cached_property
     def dim(self) -> int:
         """D, the width of the features; builds the trunk where it is not known."""

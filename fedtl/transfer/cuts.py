@@ -326,6 +326,59 @@ def value_shape(graph: fx.GraphModule, place: Boundary, examples: Tensor) -> tup
             "the network cannot be cut there: what passes is not one array for each example",
             where="transfer.cut",
             got=f"{place.names[0]!r}: {shape} for {len(examples)} examples",
-            do="Cut before a whole block: 'fedtl list cuts' shows them",
+            do="Cut before a whole block: 'fedtl cuts' shows them",
         )
     return tuple(value.shape[1:])
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """What it takes to cut before a block.
+
+    Attributes:
+        blocks: that stand behind it; what ``transfer.cut`` may say instead of the name.
+        name: of the first module behind it.
+        shape: of one example's activations there.
+        parameters: behind it.
+        flops: of one example's way from there to the end (a multiply-add counts as two).
+    """
+
+    blocks: int
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    flops: int
+
+
+def cut_points(trunk: nn.Module, example: Tensor) -> list[CutPoint]:
+    """Every block that a network can be cut before, from the input on.
+
+    Args:
+        example: one of them, [1, ...].
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    graph = trace(trunk)
+    modules = {name.removeprefix(_WRAPPED): part for name, part in trunk.named_modules()}
+    places = blocks(graph.graph, modules)
+    crossing = {place.crossing for place in places}
+    shapes: dict[str, tuple[int, ...]] = {}
+    spent: dict[str, int] = {}
+
+    class Meter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if n.name in crossing and isinstance(value, Tensor):
+                shapes[n.name], spent[n.name] = tuple(value.shape[1:]), counter.get_total_flops()
+            return value
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        Meter(graph).run(example)
+    found = []
+    for i, place in enumerate(places):
+        behind = split(graph, place)[1]
+        parameters = sum(own.numel() for own in behind.parameters())
+        left = counter.get_total_flops() - spent[place.crossing]
+        name = place.names[0]
+        found.append(CutPoint(len(places) - i, name, shapes[place.crossing], parameters, left))
+    return found

@@ -111,7 +111,8 @@ class Exports:
         try:
             content = export_onnx(trunk, sample[:1])
             export = Export(hashlib.blake2b(content).hexdigest(), before, 0.0)
-            difference = largest_difference(OnnxForward(content, export).run(sample), reference)
+            exported = _run_exported(OnnxForward(content, export), sample)
+            difference = largest_difference(exported, reference)
         except WayRefused as refusal:
             self._keep(key, Export("", before, 0.0, str(refusal)))
             raise
@@ -133,7 +134,8 @@ class Exports:
     @staticmethod
     def _key(backbone: Backbone) -> str:
         # Another runtime may run, or refuse, the same graph otherwise: it is compared anew.
-        return digest_of({**backbone.identity(), "onnxruntime": metadata.version("onnxruntime")})
+        runtime = {"onnxruntime": metadata.version("onnxruntime"), "format": 2}
+        return digest_of({**backbone.identity(), **runtime})
 
 
 class TorchForward:
@@ -288,6 +290,13 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
     return buffer.getvalue()
+
+
+def _run_exported(forward: OnnxForward, sample: Batch) -> Float32:
+    try:
+        return forward.run(sample)
+    except Exception as error:  # a shape that tracing took for a constant, and other surprises
+        raise WayRefused(f"ONNX Runtime cannot run it: {one_line(error)}") from error
 
 
 def largest_difference(features: Float32, reference: Float32) -> float:

@@ -11,7 +11,6 @@ from fedtl.errors import InputError
 from fedtl.scenario import schema
 from fedtl.types import Float32, Head
 
-
 COSINE = 16.0
 """Where a cosine head's scale begins, if nothing else is said."""
 

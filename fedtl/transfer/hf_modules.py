@@ -25,7 +25,10 @@ class TextTrunk(nn.Module):
     def __init__(self, model: nn.Module, pooling: str, normalize: bool) -> None:
         super().__init__()
         self.body = model
+        if getattr(model, "pooler", None) is not None:
+            self.body.pooler = None  # of pretraining, and no part of an embedding
         self.pool = Pool(pooling, normalize)
+        self.width = int(model.config.hidden_size)
         self.padding = int(getattr(model.config, "pad_token_id", None) or 0)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -35,7 +38,7 @@ class TextTrunk(nn.Module):
             input_ids=torch.where(real, tokens, self.padding),
             attention_mask=real.to(torch.int64),
         ).last_hidden_state
-        return cast(Tensor, self.pool(states, real))
+        return cast(Tensor, self.pool(states, real)).reshape(-1, self.width)  # known to ONNX too
 
 
 class Pool(nn.Module):
@@ -53,8 +56,8 @@ class Pool(nn.Module):
         elif self.kind == "mean":
             pooled = (states * weights).sum(1) / weights.sum(1)
         else:
-            last = real.sum(1) - 1
-            pooled = torch.take_along_dim(states, last[:, None, None], 1).squeeze(1)
+            last = (real.sum(1) - 1)[:, None, None].expand(-1, 1, states.shape[2])
+            pooled = states.gather(1, last)[:, 0]
         return nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
 

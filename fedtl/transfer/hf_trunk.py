@@ -1,7 +1,7 @@
 """``backbone.name = "hf"``: a text encoder of Hugging Face's transformers, its tokenizer included.
 
-A trunk takes one tensor, ``tokens`` int64 [n, T], with -1 behind the end of shorter texts, and masks
-those places itself, so padding changes no embedding. Opening one reads and hashes files only;
+A trunk takes one tensor, ``tokens`` int64 [n, T], with -1 behind the end of shorter texts, and
+masks those places itself, so padding changes no embedding. Opening one reads and hashes files only;
 transformers and torch are imported when it runs. Code from a model's folder is never run, and
 weights are read from safetensors alone.
 """

@@ -68,7 +68,7 @@ class OnnxForward:
         filled = np.zeros((-(-len(pixels) // self.batch) * self.batch, *pixels.shape[1:]), np.uint8)
         filled[: len(pixels)] = pixels
         parts = np.split(filled, len(filled) // self.batch)
-        return np.concatenate([self.run(part) for part in parts])[: len(pixels)]
+        return np.concatenate([self.run(part) for part in parts])[:]
 
     def threads(self, count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Nothing to prepare."""

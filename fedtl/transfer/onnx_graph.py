@@ -27,9 +27,11 @@ class Source:
     section: schema.Backbone
 
     def refuse(self, what: str, **facts: Any) -> InputError:
+        """The error for this file."""
         return InputError(what, where=self.path, **facts)
 
     def copy(self) -> Any:
+        """The model, to be changed."""
         import onnx
 
         model = onnx.ModelProto()

@@ -64,19 +64,32 @@ def open_rows(section: schema.Backbone, key: int) -> Backbone:
     ](section, key)
 
 
-def rows_through(backbone: Backbone, rows: Float32, data: schema.Data) -> Float32:
+def rows_through(
+    backbone: Backbone, rows: Float32, data: schema.Data, channels: int | None = None
+) -> Float32:
     """What a trunk that takes rows makes of them, float32 [n, d] -> [n, D].
 
     Args:
         data: the scenario's; a public set is read as the private ones are.
+        channels: of series, where the data say how many.
 
     Raises:
         InputError: rows of a width that the trunk cannot take, or a public set unlike them.
     """
     embed = backbone.embed
+    if embed is None:
+        return rows
+    expected = backbone.settings.get("channels", channels)
+    if channels not in (None, expected):
+        raise InputError(
+            "the series have another number of channels",
+            where="backbone.channels",
+            got=expected,
+            allowed=channels,
+        )
     if backbone.name == "forest":
         embed = fitted(backbone, data, rows.shape[1])
-    return rows if embed is None else embed(rows)
+    return embed(rows)
 
 
 def rows_width(backbone: Backbone, examples: Examples, data: schema.Data) -> int:
@@ -86,8 +99,8 @@ def rows_width(backbone: Backbone, examples: Examples, data: schema.Data) -> int
     else:
         columns = np.asarray(examples.features).shape[1]
     if backbone.name in ("windows", "onnx") and backbone.embed is not None:
-        return backbone.embed(np.zeros((1, columns), np.float32)).shape[1]
-    return backbone.known_dim or columns
+        return int(backbone.embed(np.zeros((1, columns), np.float32)).shape[1])
+    return backbone.known_dim or int(columns)
 
 
 def _open_fourier(section: schema.Backbone, key: int) -> Backbone:
@@ -176,8 +189,12 @@ def _open_forest(section: schema.Backbone, key: int) -> Backbone:
     path = Path(section.path).expanduser()
     digest = weights.hash_file(path, section.sha256)
     width = 0 if model == "quantiles" else trees * LEAVES
-    found = _described(section, "leaves", digest, path.name, width, settings, None)
+    found = _described(section, "leaves", digest, path.name, width, settings, _unfitted)
     return replace(found, weights_path=path)
+
+
+def _unfitted(rows: Float32) -> Float32:
+    raise AssertionError("a forest is fitted first, which takes the scenario's data section")
 
 
 def _described(
@@ -187,7 +204,7 @@ def _described(
     source: str,
     width: int,
     settings: dict[str, Any],
-    embed: Embed | None,
+    embed: Embed,
 ) -> Backbone:
     return Backbone(
         section.name,

@@ -32,6 +32,12 @@ def _of_code(facts: Mapping[str, Any]) -> nn.Module:
     return build_bare(facts, _preprocessing(facts))
 
 
+def _of_texts(facts: Mapping[str, Any]) -> nn.Module:
+    from fedtl.transfer.hf_tail import bare
+
+    return bare(facts)
+
+
 def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(
         facts["resize"],
@@ -45,6 +51,7 @@ def _preprocessing(facts: Mapping[str, Any]) -> Preprocessing:
 SKELETONS: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
+    "hf": _of_texts,
     "hub": _of_code,
     "module": _of_code,
 }

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedtl.transfer.cuts import Boundary
+    from fedtl.transfer.cuts import Boundary, CutPoint
 
 WHOLE = ("full", "scratch")
 """Modes that train the whole network."""
@@ -61,15 +61,45 @@ def open_network(
         cut = "input" if transfer.mode in WHOLE else 1
     if transfer.mode == "head" or cut == 0:
         return backbone, None
+    _refuse_uncut(backbone, transfer.mode)
+    return _cut(backbone, transfer, cut, seed, section.feature_dtype, examples)
+
+
+def before_training(scenario: schema.Scenario) -> schema.Scenario:
+    """The scenario with the network as it was pretrained, uncut: what gaps are measured on."""
+    return scenario.model_copy(update={"transfer": schema.Transfer()})
+
+
+def _refuse_uncut(backbone: Backbone, mode: str) -> None:
     if not backbone.skeleton:
         raise InputError(
             f"{backbone.name} cannot be cut: only its output is known",
             where="transfer.mode",
-            got=repr(transfer.mode),
+            got=repr(mode),
             allowed='"head"',
             do='Set transfer.mode = "head", or use a backbone that comes as torch modules',
         )
-    return _cut(backbone, transfer, cut, seed, section.feature_dtype, examples)
+
+
+def blocks_before(section: schema.Backbone, seed: int) -> list[CutPoint]:
+    """Every block that a scenario's network can be cut before, from the input on.
+
+    Raises:
+        InputError: unknown model or weights, or a network that cannot be cut.
+    """
+    import torch
+
+    from fedtl.transfer import cuts
+
+    backbone = open_backbone(section, seed)
+    _refuse_uncut(backbone, "head")
+    if backbone.takes == "texts":
+        from fedtl.transfer.hf_tail import text_points
+
+        return text_points(backbone)
+    size = backbone.image_size
+    example = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    return cuts.cut_points(backbone.trunk(), example)
 
 
 def initial_tensors(tail: Tail | None) -> dict[str, Float32]:
@@ -109,6 +139,11 @@ def _cut(
 ) -> tuple[Backbone, Tail | None]:
     from fedtl.transfer import cuts
 
+    if backbone.takes == "texts":
+        from fedtl.transfer.hf_tail import cut_text
+
+        most = STORED_BYTES // max(1, examples)
+        return cut_text(backbone, transfer, cut, _plain_recipe(backbone, transfer, seed), most)
     trunk = backbone.trunk()
     graph = cuts.trace(trunk)
     place = None if cut == INPUT else cuts.find(trunk, graph.graph, cut)
@@ -119,19 +154,8 @@ def _cut(
         and examples * stored_bytes(prod(shape), dtype) > STORED_BYTES
         and stored_bytes(prod(shape), dtype) > pixel_bytes(backbone)
     )
-    recipe: dict[str, Any] = {
-        "skeleton": dict(backbone.skeleton),
-        "cut": where,
-        "mode": transfer.mode,
-        "batch_norm": transfer.batch_norm,
-        "recompute": again and place is not None,
-        "rank": transfer.rank,
-        "alpha": transfer.alpha,
-        "aggregation": transfer.aggregation,
-        "targets": list(transfer.targets),
-        "width": transfer.width,
-        "seed": seed,
-    }
+    recipe = _plain_recipe(backbone, transfer, seed)
+    recipe |= {"cut": where, "recompute": again and place is not None}
     stored = None if recipe["recompute"] else place
     module, trained = _behind(graph, stored, place, recipe)
     _refuse_asleep(module, recipe)
@@ -148,6 +172,21 @@ def _cut(
         known_dim=prod(shape),
     )
     return front, tail
+
+
+def _plain_recipe(backbone: Backbone, transfer: schema.Transfer, seed: int) -> dict[str, Any]:
+    """What a tail is made from, but for where it begins."""
+    return {
+        "skeleton": dict(backbone.skeleton),
+        "mode": transfer.mode,
+        "batch_norm": transfer.batch_norm,
+        "rank": transfer.rank,
+        "alpha": transfer.alpha,
+        "aggregation": transfer.aggregation,
+        "targets": list(transfer.targets),
+        "width": transfer.width,
+        "seed": seed,
+    }
 
 
 def stored_bytes(width: int, dtype: str) -> int:
@@ -290,8 +329,13 @@ def _opened(tail: Tail) -> OpenTail:
 
     facts = tail.recipe
     trunk = skeleton(facts["skeleton"])
-    graph = cuts.trace(trunk)
-    place = None if facts["cut"] == INPUT else cuts.find(trunk, graph.graph, facts["cut"])
-    module, _ = _behind(graph, None if facts["recompute"] else place, place, facts)
+    if facts["skeleton"]["kind"] == "hf":
+        from fedtl.transfer.hf_tail import behind
+
+        module, _ = behind(trunk, facts)
+    else:
+        graph = cuts.trace(trunk)
+        place = None if facts["cut"] == INPUT else cuts.find(trunk, graph.graph, facts["cut"])
+        module, _ = _behind(graph, None if facts["recompute"] else place, place, facts)
     module.load_state_dict({name: torch.tensor(own) for name, own in tail.tensors.items()})
     return OpenTail(tail, module)

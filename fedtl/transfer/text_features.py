@@ -104,12 +104,18 @@ def text_features(
         return _open_or_build(order, "torch", notes)
 
 
-def embed(
-    store: FeatureStore, backbone: Backbone, texts: Sequence[str], way: str, device: str = "auto"
-) -> Float32:
-    """float32 [n, D] of a few texts, not stored; ``way`` as it was resolved for the examples."""
+def embed(store: FeatureStore, backbone: Backbone, texts: Sequence[str], way: str) -> Float32:
+    """float32 [n, D] of a few texts, not stored; ``way`` as for the examples, on the CPU."""
     tokens = read_tokens(backbone, texts)
-    forward = extraction.open_forward(way, backbone, store.exports, partial(sample, tokens))
+    way = extraction.resolve_way(way.removesuffix("-cuda"), "cpu", backbone, store.exports)
+    try:
+        forward = extraction.open_forward(
+            way, backbone, store.exports, partial(sample, backbone, tokens)
+        )
+    except WayRefused:
+        forward = extraction.open_forward(
+            "torch", backbone, store.exports, partial(sample, backbone, tokens)
+        )
     features = np.empty((len(tokens), forward.dim), np.float32)
 
     def write(row: int, one: Float32) -> None:
@@ -137,14 +143,15 @@ def read_tokens(backbone: Backbone, texts: Texts | Sequence[str]) -> list[Tokens
     return found
 
 
-def sample(tokens: Sequence[Tokens]) -> Tokens:
+def sample(backbone: Backbone, tokens: Sequence[Tokens]) -> Tokens:
     """The shortest and other first texts as one padded batch, int64 [n, T], T above all lengths.
 
     Texts shorter than the batch are what an export must get right, as well as other lengths than
     that it was made with.
     """
+    longest = max(2, int(backbone.settings["max_tokens"]))
     chosen = sorted(tokens[:_SAMPLE], key=len)
-    batch = np.full((len(chosen), len(chosen[-1]) + 2), PADDING, np.int64)
+    batch = np.full((len(chosen), min(len(chosen[-1]) + 2, longest)), PADDING, np.int64)
     for row, numbers in enumerate(chosen):
         batch[row, : len(numbers)] = numbers
     return batch
@@ -242,7 +249,9 @@ def _open_or_build(order: _Order, way: str, notes: list[str]) -> StoredFeatures:
 def _build(order: _Order, way: str, folder: Path) -> None:
     backbone, texts, tokens = order.backbone, order.texts, order.tokens
     store = order.store
-    forward = extraction.open_forward(way, backbone, store.exports, partial(sample, tokens))
+    forward = extraction.open_forward(
+        way, backbone, store.exports, partial(sample, backbone, tokens)
+    )
     count = len(texts)
     store.check_disk(count, forward.dim, order.dtype)
     file = entries.FeatureFile(folder / entries.ARRAYS[0], count, forward.dim, order.dtype)
@@ -298,12 +307,15 @@ def text_width(
     """The width of stored features, or None where there are none; nothing is verified here."""
     store = FeatureStore()
     order = _Order(store, backbone, texts, fingerprint, dtype, 1, None)
-    return store.entry_width(order.key(extraction.resolve_way(way, device, backbone, store.exports)))
+    return store.entry_width(
+        order.key(extraction.resolve_way(way, device, backbone, store.exports))
+    )
 
 
 def expected_macs(backbone: Backbone, texts: Texts) -> float:
     """Multiply-adds for one text, from the first texts' lengths; attention itself is left out."""
-    config, width = backbone.skeleton["config"], backbone.dim
+    config = backbone.skeleton["config"]
+    width = _first(config, "hidden_size", "n_embd", "d_model", "dim") or backbone.dim
     layers = _first(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers") or 6
     inner = _first(config, "intermediate_size", "n_inner", "d_ff", "hidden_dim") or 4 * width
     characters = [len(texts[i]) for i in range(min(len(texts), _READ))]

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,16 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of GoogLeNe
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
-class Trunk(nn.Module):
+class Frozen(nn.Module):
+    """Stays in evaluation mode: a parent's ``train()`` would wake batch statistics."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Changes nothing."""
+        del mode
+        return super().train(False)
+
+
+class Trunk(Frozen):
     """A frozen model from pixels to features: uint8 [n, S, S, 3] -> float32 [n, D]."""
 
     offset: Tensor
@@ -35,11 +44,6 @@ class Trunk(nn.Module):
         self.register_buffer("scale", torch.tensor(preprocessing.std).view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-
-    def train(self, mode: bool = True) -> Trunk:
-        """Stays in evaluation mode: a parent's ``train()`` would wake batch statistics."""
-        del mode
-        return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float32 [n, D] from uint8 [n, S, S, 3]."""
@@ -61,7 +65,7 @@ class PooledFeatures(nn.Module):
         return maps.mean((2, 3))
 
 
-class Elsewhere(nn.Module):
+class Elsewhere(Frozen):
     """A trunk that another runtime runs; its state is the hash of what that was given."""
 
     digest: Tensor

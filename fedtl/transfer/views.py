@@ -139,6 +139,11 @@ def without_views(scenario: Scenario) -> Scenario:
     return scenario.model_copy(update={"augmentation": plain})
 
 
+def in_views(section: Augmentation) -> str:
+    """How often the trunk sees each training image, in words, where that is more than once."""
+    return "" if section.views == 1 else f" in {section.views} views each"
+
+
 def rows_in_all(section: Augmentation, split: ClientSplit, count: int) -> int:
     """Rows of ``count`` images with all views of the training images."""
     return count + (section.views - 1) * len(split.train.index)
@@ -196,8 +201,8 @@ def extend(
     count, more = len(base.examples), section.views - 1
     origin = np.concatenate([np.arange(count), np.tile(rows, more)])
     numbers = np.repeat(np.arange(1, more + 1), len(rows))
-    number = np.concatenate([np.zeros(count, np.int64), numbers])
-    images = ViewedImages(base.examples.images, origin, number, recipe)
+    numbers = np.concatenate([np.zeros(count, np.int64), numbers])
+    images = ViewedImages(base.examples.images, origin, numbers, recipe)
     same = base.examples.fingerprint  # the views follow from it and the scenario
     made = [part.matrix for part in stored]
     return Extended(
