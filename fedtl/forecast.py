@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -202,7 +202,7 @@ def stored_width(opened: OpenedData) -> int | None:
     section, examples = opened.scenario.backbone, opened.examples
     if examples.kind == "rows":
         return rows_width(opened.backbone, examples, opened.scenario.data)
-    width = FeatureStore().width if examples.texts is None else text_width
+    width: Any = FeatureStore().width if examples.texts is None else text_width
     scenario = opened.scenario
     views = fingerprints(examples.fingerprint, opened.split, scenario.augmentation, scenario.seed)
     found = [

@@ -20,7 +20,7 @@ from fedtl.export.samples import open_source
 from fedtl.interrupts import Interrupts
 from fedtl.results.files import refuse_unwritable
 
-__all__ = ["FOLDER", "SUFFIXES", "Observer", "export_run", "load_model"]
+__all__ = ["FOLDER", "Observer", "export_run", "load_model"]
 
 FOLDER = "export"
 """Of a run's folder, where artefacts go unless told otherwise."""

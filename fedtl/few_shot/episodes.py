@@ -31,7 +31,7 @@ RIDGE = 0.1
 STEPS = 200
 """Of the logistic head, each of 1 / L, where L is at least the largest curvature of its loss."""
 
-CHUNK_ENTRIES = 20_000_000
+CHUNK_ENTRIES = 2_000_000
 """Features held at once, as float64."""
 
 NORMAL_95 = 1.96
@@ -146,17 +146,19 @@ def accuracies(
     """
     episodes, ways = support.shape[:2]
     each = (support[0].size + query[0].size) * features.shape[1]
-    found: dict[str, list[Float64]] = {name: [] for name in METHODS}
+    grams, crosses = [], []
     for part in _parts(episodes, max(1, CHUNK_ENTRIES // each)):
         learnt = _unit(features[support[part].reshape(part.stop - part.start, -1)])
         asked = _unit(features[query[part].reshape(part.stop - part.start, -1)])
         transposed = learnt.transpose(0, 2, 1)
-        gram, cross = learnt @ transposed, asked @ transposed
-        truth = np.repeat(np.arange(ways), query.shape[2])
-        for name, scores in METHODS.items():
-            right = scores(gram, cross, ways).argmax(axis=2) == truth
-            found[name].append(right.mean(axis=1))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        grams.append(learnt @ transposed)
+        crosses.append(asked @ transposed)
+    gram, cross = np.concatenate(grams), np.concatenate(crosses)
+    truth = np.repeat(np.arange(ways), query.shape[2])
+    return {
+        name: (scores(gram, cross, ways).argmax(axis=2) == truth).mean(axis=1)
+        for name, scores in METHODS.items()
+    }
 
 
 def interval(values: Float64) -> tuple[float, float]:

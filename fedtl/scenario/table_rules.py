@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from fedtl.errors import Problem
 from fedtl.scenario.data_rules import ROWS
+from fedtl.scenario.privacy import unit_of
 from fedtl.scenario.schema import Backbone, Data, Scenario
 
 COLUMNS = ("numeric", "categorical", "categories", "ignore", "scaling")
@@ -94,10 +95,33 @@ def _trunks(scenario: Scenario) -> Iterator[Problem]:
                 )
 
 
+def _private(scenario: Scenario) -> Iterator[Problem]:
+    """Where scaling makes one member's rows depend on what others have."""
+    unit, scaling = unit_of(scenario.privacy), scenario.data.scaling
+    if unit is None or scenario.data.source != "table":
+        return
+    if scaling == "federated":
+        yield Problem(
+            "data.scaling",
+            "everybody's means are taken from sums that no noise covers",
+            '"federated"',
+            '"client", "none"' if unit == "client" else '"none"',
+        )
+    elif scaling == "client" and unit == "example":
+        yield Problem(
+            "data.scaling",
+            "one example would change what is made of the client's others",
+            '"client"',
+            '"none"',
+            'Protect whole clients, or scale columns by figures that are public and use "none"',
+        )
+
+
 TABLE_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (
     _other_source,
     _columns,
     _trunks,
+    _private,
 )
 
 

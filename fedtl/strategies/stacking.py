@@ -19,7 +19,7 @@ import numpy as np
 from fedtl.plans import RoundPlan
 from fedtl.strategies.averaging import FedAvg
 from fedtl.strategies.base import ServerState, client_weights
-from fedtl.transfer.factors import A, B, SUM, layers, stacked, started
+from fedtl.transfer.factors import SUM, A, B, layers, stacked, started
 from fedtl.types import ClientUpdates, Head, float32
 
 

@@ -6,7 +6,7 @@ This file imports torch; import it only where a trunk has to be built.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ def copy_channels_last(trunk: nn.Module) -> nn.Module:
     return copy.deepcopy(trunk).to(memory_format=torch.channels_last)
 
 
-def fold_batch_norm(trunk: nn.Module, example: npt.NDArray[np.uint8]) -> nn.Module:
+def fold_batch_norm(trunk: nn.Module, example: npt.NDArray[np.integer[Any]]) -> nn.Module:
     """A copy of a trunk, each batch norm that follows a convolution folded into it.
 
     Who follows whom is seen by running the example, so models that cannot be traced fold as well.
@@ -40,7 +40,7 @@ def fold_batch_norm(trunk: nn.Module, example: npt.NDArray[np.uint8]) -> nn.Modu
     return folded.eval()
 
 
-def _pairs(model: nn.Module, example: npt.NDArray[np.uint8]) -> list[tuple[str, str]]:
+def _pairs(model: nn.Module, example: npt.NDArray[np.integer[Any]]) -> list[tuple[str, str]]:
     """(convolution, batch norm) where the norm, and no other layer, takes the convolution's output.
 
     MaxViT's stem, for one, feeds a batch norm and a shortcut: that pair must stay.

@@ -22,11 +22,11 @@ class TextTrunk(nn.Module):
         normalize: scale to Euclidean length 1, as sentence encoders want.
     """
 
-    def __init__(self, model: nn.Module, pooling: str, normalize: bool) -> None:
+    def __init__(self, model: Any, pooling: str, normalize: bool) -> None:
         super().__init__()
-        self.body = model
         if getattr(model, "pooler", None) is not None:
-            self.body.pooler = None  # of pretraining, and no part of an embedding
+            model.pooler = None  # of pretraining, and no part of an embedding
+        self.body: nn.Module = model
         self.pool = Pool(pooling, normalize)
         self.width = int(model.config.hidden_size)
         self.padding = int(getattr(model.config, "pad_token_id", None) or 0)

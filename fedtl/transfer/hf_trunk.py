@@ -367,6 +367,7 @@ def _library() -> Any:
             where="backbone.name",
             do="uv sync --extra text",
         ) from error
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    library.utils.logging.set_verbosity_error()
+    return library

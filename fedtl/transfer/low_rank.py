@@ -44,8 +44,9 @@ class LowRank(nn.Module):
 def low_rank(module: nn.Module, reached: Set[str], recipe: Mapping[str, Any]) -> list[str]:
     """Put an addition on every layer that ``recipe["targets"]`` names; the trained factors' names.
 
-    By default on every layer whose factors are smaller than it, grouped convolutions left out. With "ffa" A stays as it
-    was drawn and only B is trained; with "flora" the sum of what earlier rounds added travels too.
+    By default on every layer whose factors are smaller than it, grouped convolutions left out.
+    With "ffa" A stays as it was drawn and only B is trained; with "flora" the sum of what earlier
+    rounds added travels too.
 
     Raises:
         InputError: no layer has such a name, or one is smaller than the rank.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtl.types import Float32
 
-Batch = npt.NDArray[np.uint8]
+Batch = npt.NDArray[np.integer[Any]]
+"""Pixels uint8 [n, S, S, 3], or tokens int64 [n, T]."""
 
 CPU_BATCH = 8  # 4 to 32 are within a tenth of each other; small ones stay in the cache
 
@@ -68,7 +70,7 @@ class OnnxForward:
         filled = np.zeros((-(-len(pixels) // self.batch) * self.batch, *pixels.shape[1:]), np.uint8)
         filled[: len(pixels)] = pixels
         parts = np.split(filled, len(filled) // self.batch)
-        return np.concatenate([self.run(part) for part in parts])[:]
+        return np.concatenate([self.run(part) for part in parts])[: len(pixels)]
 
     def threads(self, count: int) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Nothing to prepare."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedtl.transfer.cuts import Boundary, CutPoint
+    from fedtl.transfer.hf_modules import TextTrunk
 
 WHOLE = ("full", "scratch")
 """Modes that train the whole network."""
@@ -332,7 +333,7 @@ def _opened(tail: Tail) -> OpenTail:
     if facts["skeleton"]["kind"] == "hf":
         from fedtl.transfer.hf_tail import behind
 
-        module, _ = behind(trunk, facts)
+        module, _ = behind(cast("TextTrunk", trunk), facts)
     else:
         graph = cuts.trace(trunk)
         place = None if facts["cut"] == INPUT else cuts.find(trunk, graph.graph, facts["cut"])

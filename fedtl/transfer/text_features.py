@@ -193,7 +193,7 @@ def run(
     def work(rows: Int64, batch: Tokens) -> int:
         if stopped:
             return 0
-        features = forward.run(batch)[: len(rows)]  # type: ignore[arg-type]  # tokens, not pixels
+        features = forward.run(batch)[: len(rows)]
         if not (finite := np.isfinite(features).all(axis=1)).all():
             raise InputError(
                 "the trunk gives NaN or infinity for a text",
@@ -272,7 +272,7 @@ def _build(order: _Order, way: str, folder: Path) -> None:
     with writing("the feature store", folder):
         np.save(folder / entries.ARRAYS[1], content.reshape(count, CONTENT_BYTES))
         np.save(folder / entries.ARRAYS[2], np.arange(count, dtype=np.int64))
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "backbone": backbone.identity(),
         "data": order.fingerprint,

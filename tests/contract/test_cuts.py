@@ -53,9 +53,7 @@ def same_in_two(trunk: nn.Module, examples: Tensor, seed: int) -> None:
         whole = trunk(examples)
         for place in (None, *chosen):
             front, back = cuts.split(graph, place)
-            shape = (
-                cuts.value_shape(graph, place, examples) if place else tuple(examples.shape[1:])
-            )
+            shape = cuts.value_shape(graph, place, examples) if place else tuple(examples.shape[1:])
             between = front(examples)
             assert between.shape == (len(examples), np.prod(shape))
             again = back(between.reshape(-1, *shape))

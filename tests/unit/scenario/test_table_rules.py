@@ -148,6 +148,25 @@ def test_what_does_not(tables: dict[str, Any], where: str, says: str) -> None:
     assert says in found[where]
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "scaling", "refused"),
+    [
+        ("none", "federated", False),
+        ("central", "client", False),
+        ("central", "federated", True),
+        ("local", "federated", True),
+        ("example", "client", True),
+        ("example", "federated", True),
+        ("example", "none", False),
+    ],
+)
+def test_scaling_that_noise_does_not_cover(mechanism: str, scaling: str, refused: bool) -> None:
+    found = conflicts(
+        data=TABLE | {"scaling": scaling}, backbone=IDENTITY, privacy={"mechanism": mechanism}
+    )
+    assert ("data.scaling" in found) == refused
+
+
 STATED = TABLE | {"numeric": ["a"], "categorical": ["k"], "categories": {"k": ["u", "v"]}}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ SGD = LocalTraining(1, 4, 0.05)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     with one_torch_thread():
         yield
 
@@ -146,7 +148,7 @@ def test_one_example_leaves_statistics_as_they_are() -> None:
             assert (own == head[name]).all()
 
 
-def test_fedbn_never_sends_batch_norm_and_keeps_it_at_home(tmp_path) -> None:
+def test_fedbn_never_sends_batch_norm_and_keeps_it_at_home(tmp_path: Path) -> None:
     tail = tail_of(batch_norm="local")
     population = people(tail)
     head = first_head(SCENARIO, tail, population.width, 3)
@@ -222,10 +224,12 @@ def test_the_pull_to_pretrained_values_and_the_rate_behind_the_cut() -> None:
 
 
 def test_stored_and_recomputed_activations_train_the_same() -> None:
-    stored = open_network(SECTION, schema.Transfer(mode="last_blocks", cut=1), 3)
+    section = schema.Backbone(name="squeezenet1_1", weights="none", image_size=32)
+    stored = open_network(section, schema.Transfer(mode="last_blocks", cut=1), 3)
     again = open_network(
-        SECTION, schema.Transfer(mode="last_blocks", cut=1, activations="recompute"), 3
+        section, schema.Transfer(mode="last_blocks", cut=1, activations="recompute"), 3
     )
+    labels = (np.arange(18) % 3).astype(np.int32)
     pixels = torch.from_numpy(
         np.random.default_rng(1).integers(0, 256, (18, 32, 32, 3), dtype=np.uint8)
     )
@@ -234,7 +238,8 @@ def test_stored_and_recomputed_activations_train_the_same() -> None:
         assert tail is not None
         with torch.inference_mode():
             features = front.trunk()(pixels).numpy()
-        population = replace(people(tail), features=features)
+        assert features.std() > 0.1  # of random weights, yet no rounding
+        population = replace(people(tail), features=features, labels=labels)
         head = first_head(SCENARIO, tail, population.width, 3)
         ended.append(train_clients(population, head, plan_of(SGD)).tensors)
     assert set(ended[0]) == set(ended[1])

@@ -85,6 +85,13 @@ def test_pixels_follow_from_seed_image_and_number_alone() -> None:
     assert any((ALL.view(i, 1) != replace(ALL, seed=6).view(i, 1)).any() for i in images)
 
 
+def test_images_are_not_all_treated_alike() -> None:
+    rng = np.random.default_rng(4)
+    images = [rng.integers(0, 255, (8, 8, 3), dtype=np.uint8) for _ in range(20)]
+    turned = [(Recipe(("flip",), 5).view(image, 1) != image).any() for image in images]
+    assert 0 < sum(turned) < 20
+
+
 def test_kinds_are_done_in_one_order() -> None:
     turned = Augmentation(kinds=["colour", "flip", "crop", "flip"])
     assert Recipe.of(turned, 1) == Recipe(("crop", "flip", "colour"), 1)
