@@ -157,8 +157,7 @@ def _empty(shape: list[int]) -> list[int]:
 def _facts(metadata: Any) -> dict[str, Any]:
     if not isinstance(metadata, dict) or set(metadata) != {FACTS}:
         refuse("it holds no facts")
-    text = metadata[FACTS]
-    if not isinstance(text, str):
+    if not isinstance(text := metadata[FACTS], str):
         refuse("its facts are no text")
     return _json(text, "what it says")
 
@@ -200,10 +199,9 @@ def train_request(plan: RoundPlan, head: Head) -> tuple[dict[str, Any], Tensors]
         **{name: asdict(own) for name in OPTIONS if (own := getattr(plan, name)) is not None},
     }
     corrections = {CORRECTION + name: tensor for name, tensor in plan.corrections.items()}
-    columns: dict[str, npt.NDArray[Any]] = {"clients": plan.clients, "batch_keys": plan.batch_keys}
-    own = {name: c for name in COLUMNS if (c := getattr(plan, name)) is not None}
-    columns.update(own)
-    return facts, {**columns, **corrections, **_sent(head)}
+    known = ("clients", "batch_keys", *COLUMNS)
+    own = {name: c for name in known if (c := getattr(plan, name)) is not None}
+    return facts, {**own, **corrections, **_sent(head)}
 
 
 def read_plan(facts: Mapping[str, Any], tensors: Tensors) -> tuple[RoundPlan, Head]:
@@ -393,8 +391,10 @@ def record(content: Any, name: str, like: Any) -> Any:
     Args:
         like: a record of the same kind.
     """
-    kinds = {f: list if type(v) is tuple else type(v) for f, v in vars(like).items()}
-    if not isinstance(content, dict) or {n: type(v) for n, v in content.items()} != kinds:
+    if not isinstance(content, dict) or _kinds(content) != _kinds(vars(like)):
         refuse(f"it has no proper {name}")
-    lists = {field: tuple(value) for field, value in content.items() if isinstance(value, list)}
-    return type(like)(**{**content, **lists})
+    return type(like)(**{f: tuple(v) if isinstance(v, list) else v for f, v in content.items()})
+
+
+def _kinds(fields: Mapping[str, Any]) -> dict[str, type]:
+    return {f: list if type(v) is tuple else type(v) for f, v in fields.items()}

@@ -42,10 +42,10 @@ def source_classifier(backbone: Backbone, width: int) -> SourceClassifier | str:
         backbone: opened; its weights file is read again.
         width: D, of the features.
     """
-    if backbone.name in OPENERS and backbone.name != EMBEDDED:
-        return NO_SOURCE + "the source classes of a trunk from elsewhere are not known."
     if backbone.weights_path is None or backbone.takes != "images":
         return NO_SOURCE + "there are no weights that were trained on source classes."
+    if backbone.name in OPENERS and backbone.name != EMBEDDED:
+        return NO_SOURCE + "the source classes of a trunk from elsewhere are not known."
     from fedtl.transfer.weights import load_weights
 
     state = load_weights(backbone.weights_path, backbone.weights_hash)

@@ -94,5 +94,20 @@ def _stacking(scenario: Scenario) -> Iterator[Problem]:
         )
 
 
-LORA_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (_behind, _used, _stacking)
+def _one_rate(scenario: Scenario) -> Iterator[Problem]:
+    transfer = scenario.transfer
+    if transfer.mode == "head" or transfer.rate_factor == 1:
+        return
+    if scenario.strategy.name == "scaffold":
+        yield Problem(
+            "transfer.rate_factor",
+            "SCAFFOLD's variates are updates divided by one learning rate; with two they diverge",
+            f"{transfer.rate_factor:g}",
+            '1, or strategy.name = "fedavg"',
+        )
+
+
+LORA_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (
+    _behind, _used, _stacking, _one_rate,
+)  # fmt: skip
 """What cannot go together with modules behind the cut."""

@@ -211,8 +211,8 @@ class Evaluation(Section):
         ["local_only", "centralised", "fine_tuned"],
         description="each client alone; the pooled optimum; the pooled ridge head; the shared head "
         "tuned by each client for itself; the best of the clients' own heads; the whole network "
-        "trained on everybody's images from random weights; the head before any training, which with "
-        "head.initial = names is zero-shot",
+        "trained on everybody's images from random weights; the head before any training, which "
+        "with head.initial = names is zero-shot",
     )
     fine_tune_epochs: Count = Field(5, description="of the reference fine_tuned")
     scratch_epochs: Count | None = Field(

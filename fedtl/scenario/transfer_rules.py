@@ -68,8 +68,8 @@ def _unused(scenario: Scenario) -> Iterator[Problem]:
     transfer = scenario.transfer
     plain = type(transfer)()
     if transfer.mode == "head":
-        keys = ("batch_norm", "warmup_rounds", "unfreeze_every", "rate_factor", "l2_pretrained")
-        keys = (*keys, "activations", *(["cut"] if transfer.cut != 0 else []))
+        keys = ["batch_norm", "warmup_rounds", "unfreeze_every", "rate_factor", "l2_pretrained"]
+        keys += ["activations", *(["cut"] if transfer.cut != 0 else [])]
         for key in keys:
             if getattr(transfer, key) != getattr(plain, key):
                 yield Problem(

@@ -126,15 +126,16 @@ def prompts(module: nn.Module, reached: Set[str], recipe: Mapping[str, Any]) -> 
         for name, part in module.named_modules()
         if name in reached and isinstance(part, nn.MultiheadAttention)
     ]
-    if not attention:
+    if not attention or not isinstance(module, fx.GraphModule):
         raise _refused(
-            recipe, "prompt vectors are tokens, and no attention stands behind the cut to read them"
+            recipe,
+            "prompt vectors are tokens, and no attention of torchvision's form stands behind the "
+            "cut to read them",
         )
     count, width = recipe["width"], attention[0].embed_dim
     key = int(seeding.named_keys(recipe["seed"], "prompt", [TAIL + "prompt"])[0])
     bound = width**-0.5
     drawn = seeding.generator(key, "prompt").uniform(-bound, bound, (count, width))
-    assert isinstance(module, fx.GraphModule)
     module.add_module("prompt", Prompt(torch.from_numpy(drawn.astype("float32"))))
     given = next(node for node in module.graph.nodes if node.op == "placeholder")
     with module.graph.inserting_after(given):

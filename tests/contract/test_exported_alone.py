@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "alone", "seed": 1, "rounds": 2,
         "data": {"source": "arrays", "path": str(folder / "data.npz"), "test_fraction": 0.3},
         "clients": {"num": 2},
-        "backbone": {"image_size": 32},
+        "backbone": {"name": "timm", "model": "test_resnet", "weights": "none", "image_size": 32},
         "training": {"local_epochs": 2, "learning_rate": 0.05},
         "evaluation": {"references": []},
     }  # fmt: skip

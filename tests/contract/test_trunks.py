@@ -196,7 +196,7 @@ def opened(folder: Path) -> Open:
 
 @pytest.fixture
 def pixels() -> np.ndarray:
-    return np.random.default_rng(3).integers(0, 256, (11, 36, 33, 3), dtype=np.uint8)
+    return np.random.default_rng(3).integers(0, 256, (9, 36, 33, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -230,13 +230,13 @@ def test_frozen_finite_and_image_by_image(opened: Open, pixels: np.ndarray, name
     images = torch.from_numpy(at_size(backbone, pixels))
     with torch.inference_mode():
         found = trunk(images).numpy()
-        single = np.concatenate([trunk(image[None]).numpy() for image in images])
+        single = np.concatenate([trunk(image[None]).numpy() for image in images[:4]])
     assert backbone.state_hash(trunk) == before
     assert found.shape == (len(pixels), backbone.dim)
     assert found.dtype == np.float32
     assert np.isfinite(found).all()
     assert np.ptp(found, axis=0).max() > 0
-    np.testing.assert_allclose(single, found, atol=1e-5 * np.abs(found).max())
+    np.testing.assert_allclose(single, found[:4], atol=1e-5 * np.abs(found).max())
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -250,7 +250,8 @@ def test_stored_is_what_is_made_again(
     first = store.features(backbone, images, name)
     kept = store.features(backbone, images, name)
     assert (first.cached, kept.cached) == (False, True)
-    again = FeatureStore(tmp_path / "again").features(backbone, images, name, threads=2)
+    again = store.features(backbone, images, f"{name} again", threads=2)
+    assert not again.cached
     assert kept.matrix.tobytes() == first.matrix.tobytes() == again.matrix.tobytes()
     with torch.inference_mode():
         plain = backbone.trunk()(torch.from_numpy(at_size(backbone, pixels))).numpy()
@@ -273,8 +274,7 @@ def test_rows_one_by_one(opened: Open, rows: np.ndarray, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_known_by_what_its_features_depend_on(opened: Open, name: str) -> None:
     case, identity = CASES[name], opened(name).identity()
-    again = open_backbone(schema.Backbone(name="identity"), 0) if name == "identity" else None
-    assert (again or opened(name)).identity() == identity
+    assert opened(name, licence="which no feature depends on").identity() == identity
     for changes in case.other:
         assert opened(name, **changes).identity() != identity, changes
     assert (opened(name, seed=1).identity() != identity) == case.seeded

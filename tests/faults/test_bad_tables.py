@@ -1,4 +1,4 @@
-"""Tables, series and recordings as people have them: one line, the right exit code, nothing left."""
+"""Tables, series and recordings as people have them: one line, the right code, nothing left."""
 
 from __future__ import annotations
 
@@ -118,9 +118,7 @@ def test_tables_that_are_wrong(fedtl: Fedtl, people: Path, old: str, new: str, s
         (["backbone.name=fourrier"], "did you mean 'fourier'"),
     ],
 )
-def test_scenarios_that_are_wrong(
-    fedtl: Fedtl, people: Path, values: list[str], says: str
-) -> None:
+def test_scenarios_that_are_wrong(fedtl: Fedtl, people: Path, values: list[str], says: str) -> None:
     words = [word for value in values for word in ("--set", value)]
     done = fedtl("run", "people.toml", *words, "--out", "out")
     assert done.returncode == 2, done.stderr
@@ -148,7 +146,9 @@ def test_series_of_another_number_of_channels(fedtl: Fedtl, tmp_path: Path) -> N
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 12, 3)).astype(np.float32)
     np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 2)
-    text = TABLE.split("[data]")[0] + '[data]\nsource = "arrays"\npath = "a.npz"\n[clients]\nnum = 3'
+    text = (
+        TABLE.split("[data]")[0] + '[data]\nsource = "arrays"\npath = "a.npz"\n[clients]\nnum = 3'
+    )
     text += '\n[backbone]\nname = "windows"\nwindow = 4\nchannels = 3\n[evaluation]\nreferences=[]'
     (tmp_path / "series.toml").write_text(text)
     done = fedtl("run", "series.toml", "--out", "out")
@@ -217,9 +217,7 @@ def test_recordings_that_are_none(fedtl: Fedtl, said: Path, content: bytes, says
         ("backbone.name=identity", "gives images"),
     ],
 )
-def test_scenarios_of_sound_that_are_wrong(
-    fedtl: Fedtl, said: Path, value: str, says: str
-) -> None:
+def test_scenarios_of_sound_that_are_wrong(fedtl: Fedtl, said: Path, value: str, says: str) -> None:
     done = fedtl("run", "said.toml", "--set", value, "--out", "out")
     assert_refused(done, says)
 

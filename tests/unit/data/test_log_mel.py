@@ -1,4 +1,4 @@
-"""Recordings as pictures: the filters, the picture, and wav files as people and attackers have them."""
+"""Recordings as pictures: the filters, the picture, and wav files, good and hostile."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import wave
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def wav(samples: np.ndarray, rate: int = 8000) -> bytes:
 
 
 def test_the_scale() -> None:
-    np.testing.assert_allclose(mel(np.array([0.0, 700.0, 1000.0])), [0.0, 781.17, 999.99], atol=0.01)
+    np.testing.assert_allclose(
+        mel(np.array([0.0, 700.0, 1000.0])), [0.0, 781.17, 999.99], atol=0.01
+    )
     frequencies = np.linspace(0, 20_000, 50)
     np.testing.assert_allclose(hertz(mel(frequencies)), frequencies, atol=1e-8)
 
@@ -184,10 +187,8 @@ HOSTILE = {
 def test_hostile_files(name: str) -> None:
     data, says = HOSTILE[name]
     if name == "claims 4 GB":  # what is there is taken, or it is refused; nothing is allocated
-        try:
+        with suppress(BadImage):
             assert len(read_wav(data, PICTURE)) <= 1
-        except BadImage:
-            pass
         return
     with pytest.raises(BadImage, match=says) as caught:
         read_wav(data, PICTURE, "a.wav")
@@ -201,19 +202,18 @@ def test_any_bytes_are_read_or_refused() -> None:
         bad = bytearray(good[: rng.integers(1, len(good))] if rng.random() < 0.3 else good)
         for place in rng.integers(0, min(60, len(bad)), rng.integers(1, 4)):
             bad[place] = rng.integers(0, 256)
-        try:
+        with suppress(BadImage):
             assert np.isfinite(read_wav(bytes(bad), PICTURE)).all()
-        except BadImage:
-            pass
 
 
 def test_from_many_threads() -> None:
     extra = wav(sine(440).astype(np.float32))
     odd = extra[:12] + b"junk" + struct.pack("<I", 4) + b"abcd" + extra[12:]  # SciPy warns of it
-    wanted, found = read_wav(extra, PICTURE), []
+    wanted = read_wav(extra, PICTURE)
+    found: list[bool] = []
 
     def work() -> None:
-        found.extend((read_wav(odd, PICTURE) == wanted).all() for _ in range(20))
+        found.extend(bool((read_wav(odd, PICTURE) == wanted).all()) for _ in range(20))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -253,7 +253,12 @@ def test_who_says_what(recordings: Callable[..., Examples]) -> None:
 
 
 def test_settings_are_in_the_fingerprint(recordings: Callable[..., Examples]) -> None:
-    seen = [recordings(), recordings(rate=16_000), recordings(seconds=0.3), recordings(mel_bands=30)]
+    seen = [
+        recordings(),
+        recordings(rate=16_000),
+        recordings(seconds=0.3),
+        recordings(mel_bands=30),
+    ]
     assert len({examples.fingerprint for examples in seen}) == 4
     assert "30 bands x 20 frames" in seen[3].notes[0]
     assert seen[0].fingerprint == recordings(client_pattern="_(a|b)").fingerprint
@@ -272,9 +277,7 @@ def test_class_folders_and_archives(tmp_path: Path) -> None:
         load_sound(Data(source="sound", path=path))
 
 
-def test_what_is_wrong_with_a_folder(
-    recordings: Callable[..., Examples], tmp_path: Path
-) -> None:
+def test_what_is_wrong_with_a_folder(recordings: Callable[..., Examples], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data.label_pattern: finds no class in 2 of 6 paths"):
         recordings(label_pattern=r"^([01])_")
     with pytest.raises(InputError, match="only one class"):
@@ -283,7 +286,7 @@ def test_what_is_wrong_with_a_folder(
     with pytest.raises(InputError, match="no recording in it"):
         recordings(path=str(tmp_path / "empty"))
     (tmp_path / "said" / "2_cy_0.wav").symlink_to(tmp_path / "said" / "none.wav")
-    with pytest.raises(BadFiles, match="2_cy_0.wav"):
+    with pytest.raises(BadFiles, match=r"2_cy_0\.wav"):
         recordings()
     assert "1 unreadable files were skipped" in recordings(on_bad_file="skip").notes
 

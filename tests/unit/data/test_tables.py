@@ -128,7 +128,9 @@ def test_no_finite_number(load: Load, value: str) -> None:
 
 
 def test_text_among_columns_that_nobody_named(load: Load) -> None:
-    with pytest.raises(InputError, match=r"column 'kind': no finite number in 3 rows: 2, 3, 5; is "):
+    with pytest.raises(
+        InputError, match=r"column 'kind': no finite number in 3 rows: 2, 3, 5; is "
+    ):
         load(categorical=[])
 
 

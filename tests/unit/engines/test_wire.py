@@ -121,7 +121,7 @@ def test_tensors_that_arrive_misaligned_are_moved() -> None:
                 described(
                     **{
                         f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-                        for i in range(65)
+                        for i in range(2**13 + 1)
                     }
                 )
             ),

@@ -23,7 +23,7 @@ from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
 from fedtl.simulation import run_scenario
 
-NET = {"name": "mobilenet_v3_small", "weights": "none", "image_size": 32, "extraction": "torch"}
+NET = {"name": "squeezenet1_1", "weights": "none", "image_size": 32, "extraction": "torch"}
 
 
 def pictures(folder: Path, classes: tuple[str, ...], each: int = 12) -> Path:
@@ -145,7 +145,7 @@ def test_other_classes(runs, tmp_path) -> None:
     ("changes", "says"),
     [
         ({"backbone": {**NET, "image_size": 64}}, "image size"),
-        ({"seed": 5}, "for another trunk.*mobilenet_v3"),
+        ({"seed": 5}, "for another trunk.*squeezenet1_1"),
     ],
 )
 def test_another_trunk_is_refused_by_name(runs, changes, says) -> None:

@@ -44,6 +44,10 @@ LORA, FLORA = {"mode": "lora"}, {"mode": "lora", "aggregation": "flora"}
             {"transfer": FLORA, "privacy": {"mechanism": "central", "noise_multiplier": 1.0}},
         ),
         (
+            "transfer.rate_factor", "diverge",
+            {"transfer": {**LORA, "rate_factor": 20.0}, "strategy": {"name": "scaffold"}},
+        ),
+        (
             "compression.kind", "exact without",
             {"transfer": FLORA, "compression": {"kind": "int8"}},
         ),
@@ -63,6 +67,7 @@ def test_refused(where: str, says: str, tables: dict[str, Any]) -> None:
         {"transfer": {**LORA, "aggregation": "ffa"}, "strategy": {"name": "fedadam"}},
         {"transfer": {"mode": "adapter", "width": 4, "targets": ["conv"]}},
         {"transfer": {"mode": "prompt", "width": 4}},
+        {"transfer": LORA, "strategy": {"name": "scaffold"}},
         {"transfer": {"mode": "last_blocks", "batch_norm": "local"}},
     ],
 )

@@ -39,7 +39,8 @@ def conflicts(**tables: Any) -> dict[str, str]:
         },
         {"data": SOUND},
         {
-            "data": SOUND | {"client_pattern": "(a)", "domain_pattern": "(b)", "label_pattern": "(c)"},
+            "data": SOUND
+            | {"client_pattern": "(a)", "domain_pattern": "(b)", "label_pattern": "(c)"},
             "clients": {"partition": "domain"},
         },
         {"data": SOUND | {"domains": True, "rate": 16_000, "mel_bands": 40}},
@@ -127,7 +128,11 @@ def test_what_goes_together(tables: dict[str, Any]) -> None:
         ),
         ({"data": SOUND | {"label_pattern": "(ab"}}, "data.label_pattern", "no regular expression"),
         ({"data": SOUND | {"label_pattern": "abc"}}, "data.label_pattern", "has no group"),
-        ({"data": TABLE | {"label_pattern": "(a)"}, "backbone": IDENTITY}, "data.label_pattern", ""),
+        (
+            {"data": TABLE | {"label_pattern": "(a)"}, "backbone": IDENTITY},
+            "data.label_pattern",
+            "",
+        ),
         (
             {"data": {"source": "folder", "path": "a", "label_pattern": "(a)"}},
             "data.label_pattern",

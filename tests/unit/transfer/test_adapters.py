@@ -96,7 +96,7 @@ def test_prompts_are_read_and_the_first_token_stays_first(vision) -> None:
 
 def test_prompts_need_attention_that_takes_more_tokens(vision) -> None:
     recipe = {**RECIPE, "mode": "prompt"}
-    with pytest.raises(InputError, match="no attention"):
+    with pytest.raises(InputError, match="no attention of"):
         prompts(Small(), reached(Small()), recipe)
     graph, _ = vision
     whole = copy.deepcopy(cuts.split(graph, None)[1])

@@ -78,7 +78,11 @@ def public(tmp_path: Path) -> Path:
 
 
 def table_data(path: Path) -> schema.Data:
-    given = {"categorical": ["kind"], "categories": {"kind": ["u", "v"]}, "numeric": ["a", "b", "c"]}
+    given = {
+        "categorical": ["kind"],
+        "categories": {"kind": ["u", "v"]},
+        "numeric": ["a", "b", "c"],
+    }
     return schema.Data.model_validate({"source": "table", "path": str(path), **given})
 
 
