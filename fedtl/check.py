@@ -23,6 +23,7 @@ from fedtl.scenario.schema import Scenario
 from fedtl.strategies.personal import degenerate
 from fedtl.terminal import plain_table, plan_table, sentences, shown
 from fedtl.transfer.features import bad_images, named
+from fedtl.transfer.text_features import hash_texts
 from fedtl.types import Int32
 
 SHOWN_CLIENTS = 20
@@ -99,6 +100,8 @@ def class_table(split: ClientSplit, labels: Int32, classes: tuple[str, ...]) -> 
 
 def _decode_all(opened: OpenedData, interrupts: Interrupts) -> tuple[Any, dict[int, str]]:
     """Content hashes of all images, zeros for bad ones, and a line per bad one by its row."""
+    if (texts := opened.examples.texts) is not None:
+        return hash_texts(texts), {}
     assert opened.examples.images is not None
     images = unshifted(opened.examples.images)  # what is shifted differently is still a copy
     content = np.zeros((len(images), 16), np.uint8)

@@ -14,7 +14,7 @@ from fedtl import machine
 from fedtl.export.opened import Model
 from fedtl.export.rows import is_inside
 from fedtl.results.tables import RunTables, number
-from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.backbones import IDENTITY, Backbone
 from fedtl.types import TAIL
 
 FORMAT = 1
@@ -80,7 +80,7 @@ def _trunk(front: Backbone) -> dict[str, Any]:
         "model": front.settings.get("model"),
         "source": front.weights_source,
         "sha256": front.weights_hash,
-        "licence": front.licence or "unknown",
+        "licence": "no weights" if front.name == IDENTITY else front.licence or "unknown",
         "cut": front.cut,
     }
 

@@ -220,11 +220,11 @@ def run(
             raise
 
 
-def hash_text(text: str) -> bytes:
-    """BLAKE2b-128 of a text, 16 bytes."""
-    return hashlib.blake2b(
-        text.encode("utf-8", "surrogatepass"), digest_size=CONTENT_BYTES
-    ).digest()
+def hash_texts(texts: Texts) -> npt.NDArray[np.uint8]:
+    """BLAKE2b-128 of each text, uint8 [n, 16]."""
+    encoded = (texts[i].encode("utf-8", "surrogatepass") for i in range(len(texts)))
+    hashes = [hashlib.blake2b(text, digest_size=CONTENT_BYTES).digest() for text in encoded]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(texts), CONTENT_BYTES)
 
 
 def _open_or_build(order: _Order, way: str, notes: list[str]) -> StoredFeatures:
@@ -268,9 +268,8 @@ def _build(order: _Order, way: str, folder: Path) -> None:
         extraction.refuse_changed(forward.trunk_hash, forward.state_hash())
     finally:
         file.close()
-    content = np.frombuffer(b"".join(hash_text(texts[i]) for i in range(count)), np.uint8)
     with writing("the feature store", folder):
-        np.save(folder / entries.ARRAYS[1], content.reshape(count, CONTENT_BYTES))
+        np.save(folder / entries.ARRAYS[1], hash_texts(texts))
         np.save(folder / entries.ARRAYS[2], np.arange(count, dtype=np.int64))
     manifest: dict[str, Any] = {
         "format": FORMAT,
