@@ -98,7 +98,9 @@ def cost_card(
     through, trunk = work.backbone.get("through_trunk"), work.backbone.get("flops")
     trains = "train" in tasks_of(scenario)
     epochs = scenario.training.local_epochs
-    training = work.asked * epochs * training_flops(work.head, work.tail) if trains else None
+    # what stands behind the cut at real clients is not here to be counted
+    counted = trains and (work.tail is not None or not any(n.startswith(TAIL) for n in work.head))
+    training = work.asked * epochs * training_flops(work.head, work.tail) if counted else None
     now = None if through is None or (trunk is None and through) else (trunk or 0.0) * through
     cores: float | None = None
     if not real and summary["device"] == "cpu":

@@ -92,6 +92,11 @@ def test_of_real_clients_only_what_the_server_knows_is_told() -> None:
     assert "Wh" not in str(cost_line(found))
 
 
+def test_a_tail_that_only_clients_have_is_not_counted_as_if_it_were_nothing() -> None:
+    head = {**LINEAR, "tail.block.weight": np.zeros((8, 8), np.float32)}
+    assert card(backbone={}, rows=None, head=head)["flops"]["training"] is None
+
+
 def test_sums_of_statistics_are_not_counted() -> None:
     found = card({"strategy": {"name": "fed3r"}})
     assert found["flops"]["training"] is None
