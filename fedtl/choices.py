@@ -26,8 +26,15 @@ def choices() -> dict[str, list[str]]:
         "schedules": _literal(schema.Training, "schedule"),
         "strategies": strategy_names(),
         "engines": _literal(schema.Engine, "kind"),
-        "references": ["local_only", "centralised", "ridge"],
+        "transfer modes": _literal(schema.Transfer, "mode"),
+        "references": _items(schema.Evaluation, "references"),
     }
+
+
+def _items(section: type[Section], key: str) -> list[str]:
+    """Of a key whose value is a list of names."""
+    (names,) = get_args(section.model_fields[key].annotation)
+    return [str(name) for name in get_args(names)]
 
 
 def _literal(section: type[Section], key: str) -> list[str]:

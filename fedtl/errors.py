@@ -53,7 +53,8 @@ class FedtlError(Exception):
         facts += [f"allowed: {self.allowed}"] if self.allowed is not None else []
         if facts:
             text += f" ({'; '.join(facts)})"
-        text = f"{text}. {self.do}" if self.do else text
+        if self.do:
+            text += f" {self.do}" if text.endswith("?") else f". {self.do}"
         return "\n".join(map(printable, text.split("\n")))
 
 

@@ -269,6 +269,13 @@ def cut_words(tail: Tail | None, plan: Forecast, each: str) -> str | None:
     return f"{trained}; {what} are stored, {each} each"
 
 
+def called(opened: OpenedData) -> str:
+    """What examples are called: recordings are pictures to the trunk, and not to who has them."""
+    if opened.scenario.data.source == "sound":
+        return "recordings"
+    return "examples" if opened.examples.kind == "rows" else opened.examples.kind
+
+
 def seen_words(backbone: Backbone) -> str:
     """How much of an example the trunk sees."""
     if backbone.takes == "texts":

@@ -81,7 +81,7 @@ def measure_gap(
     def extracting(done: int, total: int) -> None:
         if progress is not None:
             progress(done, total)
-        interrupts.check("interrupted while images went through the trunk")
+        interrupts.check("interrupted while examples went through the trunk")
 
     ready = make_features(opened, extracting)
     check_leaks(find_leaks(ready.content, ready.split, ready.examples), scenario.data.leakage)

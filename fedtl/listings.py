@@ -88,7 +88,7 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 def print_entries(console: Console, store: FeatureStore, entries: Sequence[StoreEntry]) -> None:
     """``fedtl cache ls``."""
-    table = plain_table("key", "backbone", "images", "size", "last used")
+    table = plain_table("key", "backbone", "examples", "size", "last used")
     for entry in entries:
         used = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
         table.add_row(

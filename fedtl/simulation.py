@@ -120,7 +120,7 @@ def carry_on(
 
     def progress(done: int, total: int) -> None:
         observer.extracting(done, total)
-        interrupts.check("interrupted while images went through the trunk")
+        interrupts.check("interrupted while examples went through the trunk")
 
     store = PersonalStore(folder.path / PERSONAL)
     prepared = _prepare(opened, make_federation(opened, progress, store), store)

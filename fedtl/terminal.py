@@ -22,7 +22,7 @@ from rich.table import Table
 from fedtl.cost_card import cost_line
 from fedtl.errors import printable
 from fedtl.evaluation.verdicts import Verdict
-from fedtl.forecast import Forecast, cut_words, seen_words
+from fedtl.forecast import Forecast, called, cut_words, seen_words
 from fedtl.privacy_card import privacy_lines, privacy_words
 from fedtl.ready_features import OpenedData
 from fedtl.scenario.compatibility import CLOSED_FORMS
@@ -119,7 +119,7 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
     scenario, backbone = opened.scenario, opened.backbone
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     domains = f" in {plan.domains} domains" if plan.domains > 1 else ""
-    what = "examples" if opened.examples.kind == "rows" else opened.examples.kind
+    what = called(opened)
     rows = {
         "data": f"{scenario.data.source}: {plan.examples:,} {what}, {plan.classes} classes, "
         f"{plan.train:,} to train on{in_views(scenario.augmentation)}, "
@@ -131,7 +131,7 @@ def plan_table(opened: OpenedData, plan: Forecast) -> Table:
         + ("features are in the store" if plan.cached else seen_words(backbone)),
         "cut": cut_words(opened.tail, plan, size(plan.stored_each)),
         "training": f"{strategy_words(scenario, plan)}, {scenario.head.kind} head of "
-        f"{plan.head_parameters:,} parameters",
+        f"{plan.head_parameters - plan.tail_parameters:,} parameters",
         "traffic": f"{size(plan.bytes_down)} down, {size(plan.bytes_up)} up",
         "memory": f"about {size(plan.memory_bytes)}, features {size(plan.feature_bytes)} on disk",
         "time": f"trunk {duration(plan.extract_seconds)}, rounds {duration(plan.train_seconds)}"
@@ -154,7 +154,11 @@ def strategy_words(scenario: Scenario, plan: Forecast) -> str:
     if plan.task == "gradient":
         return f"{name}, up to {plan.rounds} rounds of one gradient"
     first = "fed3r first, " if scenario.head.initial == "fed3r" else ""
-    return f"{first}{name}, {plan.rounds} rounds of {scenario.training.local_epochs} local epochs"
+    epochs = scenario.training.local_epochs
+    return (
+        f"{first}{name}, {plan.rounds} round{'s' * (plan.rounds != 1)} of {epochs} local "
+        f"epoch{'s' * (epochs != 1)}"
+    )
 
 
 class PatientConsole(Console):
@@ -188,7 +192,7 @@ class Terminal:
         self._rows: list[tuple[str, ...]] = []
         self._names: Sequence[str] = ()
         self._live: Live | None = None
-        self._rounds, self._what = 0, "images"
+        self._rounds, self._what = 0, "examples"
 
     def __enter__(self) -> Terminal:
         return self
@@ -199,7 +203,7 @@ class Terminal:
     def planned(self, opened: OpenedData, plan: Forecast) -> None:
         """Prints the plan."""
         self._rounds, self._scenario = plan.rounds, opened.scenario
-        self._what = opened.examples.kind
+        self._what = called(opened)
         self.console.print(f"[bold]{shown(opened.scenario.name)}[/] [dim]the plan[/]")
         self.console.print(plan_table(opened, plan))
         self.console.print()

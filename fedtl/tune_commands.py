@@ -133,7 +133,7 @@ def _search(
 
 
 def _percent(accuracy: float | None) -> str:
-    return "-" if accuracy is None else f"{accuracy:.1%}"
+    return "-" if accuracy is None else f"{100 * accuracy:.1f} %"
 
 
 def _show_best(console: Any, search: Search) -> None:

@@ -58,7 +58,7 @@ def audit_run(path: Path, console: Console, interrupts: Interrupts) -> dict[str,
 
         def extracting(done: int, total: int) -> None:
             terminal.extracting(done, total)
-            interrupts.check("interrupted while images went through the trunk")
+            interrupts.check("interrupted while examples went through the trunk")
 
         run = reopen(path, extracting)
     facts = audit(run, interrupts)

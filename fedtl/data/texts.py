@@ -153,7 +153,7 @@ def text_examples(
 
 def _column(values: npt.NDArray[np.object_], role: str, classes: tuple[str, ...]) -> Column:
     if role == "label" and classes:
-        place = {name: i for i, name in enumerate(classes)}
+        place = {plain(name): i for i, name in enumerate(classes)}
         return Column(np.array([place[value] for value in values], np.int32), classes)
     return encode(coded(values, role), role)
 

@@ -37,6 +37,7 @@ from fedtl.deployment.private_data import (
     Session,
     Task,
     Work,
+    classes_told,
     discreet,
     load_private,
     own_data,
@@ -250,12 +251,18 @@ class PrivateHost:
             return False
         self._reading = None
         with discreet():
-            self._examples = task.outcome()
-        self._session = session
+            examples = task.outcome()
+            line = classes_told(examples, session.scenario.data)
+        if line:
+            self._tell(line)
+        self._examples, self._session = examples, session
         for asked in session.tasks:
             self._tell(f"in a round, what leaves is {IN_WORDS[asked]}")
         if session.scenario.transfer.mode != "head":
-            self._tell("with the head goes what is trained of the network behind the cut")
+            self._tell(
+                "with the head goes what is trained of the network behind the cut: from it, "
+                "something like an example may be made again, unless sums are masked or noised"
+            )
         for line in session.pledge.words():
             self._tell(line)
         return True

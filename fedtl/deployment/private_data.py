@@ -30,7 +30,7 @@ from fedtl.data.tables import load_table
 from fedtl.data.texts import load_texts
 from fedtl.deployment.backbone_transfer import Announcement
 from fedtl.deployment.pledge import Pledge
-from fedtl.errors import InputError
+from fedtl.errors import InputError, printable
 from fedtl.ready_features import allowed_threads, make_features
 from fedtl.scenario import schema
 from fedtl.transfer.backbones import TAKES, open_backbone
@@ -225,6 +225,32 @@ def own_data(path: Path, told: Any) -> dict[str, Any]:
     return own | {"source": source} | {key: told.get(key) for key in TOLD[source]}
 
 
+FEW_CLASSES = 20
+"""As many may be told of even where hardly two examples share one."""
+
+
+def classes_told(examples: Examples, data: schema.Data) -> str:
+    """What a client says to itself before its classes' names are told; "" where it chose them.
+
+    The server says which column, or which part of a file's name, is the class, and is told all
+    that stands there.
+
+    Raises:
+        Told: most examples have a class of their own, so that these are names of something else.
+    """
+    if data.source not in TOLD:
+        return ""
+    count = len(examples.classes)
+    if count > FEW_CLASSES and 2 * count > len(examples):
+        raise Told("what its scenario calls a class is another for most examples: it is none")
+    what = f"what data.label_pattern = {printable(str(data.label_pattern))} finds in file names"
+    if data.source != "sound":
+        what = f"column {printable(data.label)!r}"
+    elif data.label_pattern is None:
+        what = "the class folders' names"
+    return f"the server is told the names of {count} classes: {what}, as its scenario says"
+
+
 def source_of(path: Path) -> str:
     """Which data source reads a client's path, as long as nothing is said of it."""
     return "arrays" if path.suffix.lower() in (".npz", ".csv") else "folder"
@@ -307,9 +333,9 @@ def discreet() -> Iterator[None]:
     except Told:
         raise
     except BadFiles as error:
-        images = "image" if error.count == 1 else "images"
+        examples = "example" if error.count == 1 else "examples"
         raise InputError(
-            f"{error.count} {images} cannot be read (named on the client's own terminal)",
+            f"{error.count} {examples} cannot be read (named on the client's own terminal)",
             got=error.line(),
         ) from error
     except InputError as error:

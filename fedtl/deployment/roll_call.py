@@ -67,7 +67,7 @@ class RollCall(GatheringObserver):
 
     def preparing(self, name: str, done: int, total: int) -> None:
         """How far the features are."""
-        self._step(name, "images through the trunk", done, total)
+        self._step(name, "examples through the trunk", done, total)
 
     def prepared(self, name: str, facts: Mapping[str, Any]) -> None:
         """One line on a client that is ready."""

@@ -117,9 +117,11 @@ class Source:
             return np.asarray(matrix, np.float32)
         import torch
 
+        from fedtl.clients.batched import one_torch_thread
+
         own = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
         parts = []
-        with network(self.tail) as through, torch.no_grad():
+        with one_torch_thread(), network(self.tail) as through, torch.no_grad():
             for low in range(0, len(matrix), JUDGED_THROUGH):
                 self.check()
                 x = np.array(matrix[low : low + JUDGED_THROUGH], np.float32)  # torch wants to write

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,10 @@ def _against(
     home = difference(compared.home.together(), rule, seed)
     abroad = None if compared.everyone is None else compared.everyone.average()
     everyone = None if abroad is None else difference(abroad, rule, seed)
+    there = compared.everyone
+    if there is not None and everyone is not None and there.examples.sum():
+        exact = (there.beats - there.loses).sum() / there.examples.sum()  # the average is rounded
+        everyone = replace(everyone, difference=float(exact))
     lines = [
         "At home (each client's own tests): "
         f"federated {_percent(federated.facts['accuracy'])}, "

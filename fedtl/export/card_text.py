@@ -60,8 +60,8 @@ def card_text(card: Mapping[str, Any], file: str) -> str:
                 ("SHA-256 of the weights", trunk["sha256"]),
                 ("Licence of the weights", trunk["licence"]),
                 ("Cut", trunk["cut"]),
-                ("Head", f"{head['kind']}, {head['parameters']} trained numbers"),
-                ("Trained", head["trained"]),
+                ("Head", head["kind"]),
+                ("Trained", f"{head['trained']}, {head['parameters']:,} numbers"),
                 (
                     "Strategy",
                     f"{card['training']['strategy']}, {card['training']['rounds']} rounds",

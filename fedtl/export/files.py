@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -186,7 +186,12 @@ def rebuilt(content: bytes, own_code: bool = False) -> Callable[..., Any]:
         front = given = None
         if facts["takes"] != "rows":
             front = skeleton(facts["skeleton"])
-            if tail is not None:
+            if tail is not None and kind == "hf":
+                from fedtl.transfer import hf_tail
+
+                before = hf_tail.find_layer(front.get_submodule("body"), facts["cut"])
+                front = hf_tail.TextFront(cast(Any, front), before, tail.shape[0]).eval()
+            elif tail is not None:
                 graph = cuts.trace(front)
                 where = facts["cut"]
                 place = None if where == INPUT else cuts.find(front, graph.graph, where)

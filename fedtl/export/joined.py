@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedtl.clients.networks import scores
 from fedtl.transfer.hf_trunk import PADDING
 from fedtl.transfer.tails import open_tail
+from fedtl.transfer.tracing import ONE_TRACE
 from fedtl.types import TAIL, Head, Tail
 
 
@@ -86,17 +87,21 @@ def _copy(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def traceable() -> Iterator[None]:
-    """Torch without its fused attention, which no exporter knows, and without its warnings."""
+    """Torch without its fused attention, which no exporter knows, and without its warnings.
+
+    One thread at a time: all of this is the process's.
+    """
     import io
 
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with ONE_TRACE:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def runner(module: Callable[..., Any]) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:

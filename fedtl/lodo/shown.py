@@ -32,8 +32,8 @@ class Progress:
 
     def extracting(self, done: int, total: int) -> None:
         """Pictures through the trunk, once for all runs."""
-        self._say(f"pictures through the trunk: {done:,} of {total:,}", quiet=done < total)
-        self._interrupts.check("interrupted while images went through the trunk")
+        self._say(f"examples through the trunk: {done:,} of {total:,}", quiet=done < total)
+        self._interrupts.check("interrupted while examples went through the trunk")
 
     def ready(self, notes: Sequence[str], names: Sequence[str]) -> None:
         """Gathers notes."""

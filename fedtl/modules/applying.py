@@ -30,7 +30,7 @@ from fedtl.transfer.tails import initial_tensors, open_network
 from fedtl.types import Float32, Head, Int64, Tail
 
 CODE = ("module", "hub")
-"""Backbones that run code of the user's; no card from outside may name them."""
+"""Backbones that run code of the user's; neither a card nor a scenario beside it may name them."""
 
 FOLDER_TAKES = {"images": "folder", "texts": "texts", "rows": "arrays"}
 
@@ -70,8 +70,8 @@ class Application:
 def scenario_of(card: Card, data: Path) -> Scenario:
     """A scenario with the module's own backbone and all of ``data`` as one client's.
 
-    The backbone is that of the run the file lies in; else the one its card names, which must not
-    be the user's own code.
+    The backbone is that of the run the file lies in, else the one its card names; neither may be
+    code, since both may have come from elsewhere.
 
     Raises:
         InputError: the card names code, or a path that is not on this machine.
@@ -86,13 +86,13 @@ def scenario_of(card: Card, data: Path) -> Scenario:
         if not isinstance(own, dict):
             raise card.damaged("its card names no backbone")
         backbone = {key: value for key, value in own.items() if value is not None}
-        if backbone.get("name") in CODE:
-            raise InputError(
-                "this module's trunk is code of whoever trained it, and a card cannot bring code",
-                where=card.path,
-                got=repr(backbone.get("name")),
-                do="Write a scenario with that backbone and give it with --to",
-            )
+    if backbone.get("name") in CODE:  # beside it too: who sends a folder sends both
+        raise InputError(
+            "this module's trunk is code of whoever trained it, and a card cannot bring code",
+            where=card.path,
+            got=repr(backbone.get("name")),
+            do="Write a scenario with that backbone and give it with --to",
+        )
     suffix = {".npz": "arrays", ".csv": "table", ".parquet": "table", ".zip": "folder"}
     source = suffix.get(data.suffix.lower(), FOLDER_TAKES["images"])
     if backbone.get("name") == "hf":

@@ -20,6 +20,12 @@ SENT = {
 }
 """What a client sends, by the task of a round."""
 
+SENT_BEHIND = (
+    "a trained head and what is trained behind the cut: one number for each weight, and how many "
+    "examples they were trained on"
+)
+"""The same where more than a head is trained."""
+
 UNITS = {
     "client": "one client with all of its examples",
     "example": "one example of one client",
@@ -44,12 +50,11 @@ def privacy(run: RunTables) -> dict[str, Any]:
         "sent": _sent(run, told),
         "per_answer": bytes_text(each),
         "per_client": _span(each, used),
-        "stayed": "Images, and features and labels of single examples, stayed with the clients; "
+        "stayed": "Examples, their features and their labels stayed with the clients; "
         "what was sent is made of them."
         if run.real
-        else "This was a simulation: all data lay on one machine. With real clients images, and "
-        "features and labels of single examples, stay where they are; what is sent is made of "
-        "them.",
+        else "This was a simulation: all data lay on one machine. With real clients, examples, "
+        "their features and their labels stay where they are; what is sent is made of them.",
         "could": _could(run, told),
         "could_not": _could_not(told),
         "card": _card(run, told),
@@ -59,7 +64,7 @@ def privacy(run: RunTables) -> dict[str, Any]:
         "attacks": ATTACKS,
         "real": run.real,
         "audit_command": None
-        if run.real or run.interrupted
+        if run.real or run.interrupted or _behind_the_cut(run)
         else f"fedtl audit {shlex.quote(run.path.name)}",
     }
 
@@ -70,6 +75,11 @@ def promised(run: RunTables) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def _behind_the_cut(run: RunTables) -> bool:
+    """Whether more than a head on frozen features was trained."""
+    return str(run.scenario.get("transfer", {}).get("mode", "head")) != "head"
+
+
 def _sent(run: RunTables, told: Mapping[str, Any]) -> list[str]:
     """What a client sends, a phrase each."""
     strategy = run.scenario.get("strategy", {}).get("name", "fedavg")
@@ -78,7 +88,7 @@ def _sent(run: RunTables, told: Mapping[str, Any]) -> list[str]:
         task = "statistics"
     elif strategy == "lbfgs":
         task = "gradient"
-    sent = [SENT[task]]
+    sent = [SENT_BEHIND if task == "train" and _behind_the_cut(run) else SENT[task]]
     if task == "train" and _tells_loss(told):
         sent.append("the mean loss of that training")
     if run.scenario.get("head", {}).get("initial") == "fed3r":
@@ -117,13 +127,19 @@ def _could(run: RunTables, told: Mapping[str, Any]) -> list[str]:
             "occurs, whether an example took part in the training, and from sums over a single "
             "example that example's features"
         )
+        if _behind_the_cut(run):
+            found.append(
+                "from what was trained behind the cut, perhaps what went into it: an approximation "
+                "of an example, the better the fewer examples and steps a message rests on, and "
+                "the nearer the cut is to the input"
+            )
     found.append("how often the model is right on each client's test examples, class by class")
     return found
 
 
 def _could_not(told: Mapping[str, Any]) -> list[str]:
     """What it could not."""
-    found = ["images: none is sent"]
+    found = ["images, texts or rows: none is sent"]
     if _limited(told):
         found.append("features or labels of single examples, as they are")
     else:

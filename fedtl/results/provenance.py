@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def cost(run: RunTables) -> list[tuple[str, str]]:
         ("Sent to all clients", bytes_text(run.rounds["bytes_down"].sum(min_count=1))),
     ]
     for name, title in (
-        ("extract", "Images through the backbone"),
+        ("extract", "Examples to features"),
         ("train", "Training rounds"),
         ("references", "Models to compare with"),
         ("total", "Whole run"),
@@ -84,16 +85,16 @@ def warnings(run: RunTables) -> list[str]:
     found = [str(note) for note in (run.summary or {}).get("notes", ())]
     data = (run.summary or {}).get("data", {})
     if data.get("skipped_examples"):
-        found.append(f"{data['skipped_examples']} images could not be read and were left out.")
+        found.append(f"{data['skipped_examples']} examples could not be read and were left out.")
     if data.get("excluded_clients"):
         found.append(f"{data['excluded_clients']} clients had too few examples and were left out.")
     if data.get("leaks_train_test"):
         found.append(
-            f"The same image is in training and test data {data['leaks_train_test']} times: "
+            f"The same example is in training and test data {_times(data['leaks_train_test'])}: "
             "accuracies are too good."
         )
     if data.get("leaks_between_clients"):
-        found.append(f"The same image is at two clients {data['leaks_between_clients']} times.")
+        found.append(f"The same example is at two clients {_times(data['leaks_between_clients'])}.")
     abandoned = int(run.rounds["abandoned"].fillna(False).astype(bool).sum())
     if abandoned:
         found.append(f"{abandoned} rounds had too few answers; the model stayed as it was.")
@@ -120,11 +121,16 @@ def warnings(run: RunTables) -> list[str]:
     return found
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
 def reproduce(run: RunTables) -> dict[str, Any]:
     """Commands, hashes, versions and the resolved scenario, without this machine's folders."""
     summary: Mapping[str, Any] = run.summary or {}
     command = f"fedtl run {run.path.name}/scenario.toml"
     data, backbone = summary.get("data", {}), summary.get("backbone", {})
+    mode = run.scenario.get("transfer", {}).get("mode", "head")
     facts = {
         "Scenario": run.name,
         "Seed": run.scenario.get("seed", 0),
@@ -136,6 +142,9 @@ def reproduce(run: RunTables) -> dict[str, Any]:
         "Backbone's weights": backbone.get("weights_source"),
         "Backbone's weights (SHA-256)": backbone.get("weights_sha256"),
         "Backbone's licence": backbone.get("licence"),
+        "Preprocessing": json.dumps(found) if (found := backbone.get("preprocessing")) else None,
+        "Cut": None if mode == "head" else backbone.get("cut"),
+        "Trained beside the head": None if mode == "head" else mode,
         "Head (SHA-256)": summary.get("head_sha256"),
         "Cohorts (BLAKE2b)": summary.get("cohorts_blake2b"),
         "Batches (BLAKE2b)": summary.get("batches_blake2b"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fedtl.errors import Problem
+from fedtl.scenario.privacy import unit_of
 from fedtl.scenario.schema import Scenario
 
 NO_IMAGES = ("texts", "datasets", "table")
@@ -61,6 +62,18 @@ def views(scenario: Scenario) -> Iterator[Problem]:
         )
 
 
+def shots(scenario: Scenario) -> Iterator[Problem]:
+    """Which examples are drawn follows from which others there are."""
+    if scenario.data.shots is not None and unit_of(scenario.privacy) == "example":
+        yield Problem(
+            "data.shots",
+            "one example more or less would change which of the client's others are drawn",
+            str(scenario.data.shots),
+            "no such key",
+            "Protect whole clients, or draw the few examples before",
+        )
+
+
 def source_task(scenario: Scenario) -> Iterator[Problem]:
     """What is forgotten is measured on images, of weights that were trained for them."""
     if scenario.evaluation.source_path is None:
@@ -79,4 +92,4 @@ def source_task(scenario: Scenario) -> Iterator[Problem]:
         )
 
 
-EXAMPLE_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (views, source_task)
+EXAMPLE_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (views, shots, source_task)

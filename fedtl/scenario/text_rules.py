@@ -69,6 +69,27 @@ def pictures(scenario: Scenario) -> Iterator[Problem]:
             yield Problem(where, f"{why}, and these data are texts", repr(value), allowed)
 
 
+def mixed(scenario: Scenario) -> Iterator[Problem]:
+    """What is stored before a cut says which of a text's places are tokens; nothing may blur it."""
+    if scenario.data.source not in SOURCES:
+        return
+    if scenario.transfer.mode == "head" or scenario.transfer.cut == 0:
+        return
+    given = {
+        "training.mixup": scenario.training.mixup,
+        "augmentation.noise": scenario.augmentation.noise,
+    }
+    for where, value in given.items():
+        if value:
+            yield Problem(
+                where,
+                "what crosses the cut says which places are tokens, and these would be no more",
+                f"{value:g}",
+                "0",
+                'Set transfer.mode = "head" to have it on vectors of whole texts',
+            )
+
+
 def zero_shot(scenario: Scenario) -> Iterator[Problem]:
     """A start from the classes' names needs a trunk that embeds them like the examples."""
     head, prompt = scenario.head, scenario.head.prompt
@@ -100,4 +121,9 @@ def _unless(value: object, default: object) -> object:
     return None if value == default else value
 
 
-TEXT_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (source, pictures, zero_shot)
+TEXT_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (
+    source,
+    pictures,
+    mixed,
+    zero_shot,
+)

@@ -25,6 +25,9 @@ from fedtl.types import Float32
 MAX_PIXELS = 40_000_000
 """A picture that claims more is refused before it is decoded: 120 MB each once it is."""
 
+MAX_ALL_PIXELS = 4 * MAX_PIXELS
+"""All pictures of a request together: a small file may claim many pixels, and each costs time."""
+
 MAX_EXAMPLES = 64
 """In one request."""
 
@@ -87,11 +90,13 @@ class Predictor:
 
     def _pixels(self, examples: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
         assert self._crop is not None
-        crops = []
+        crops, left = [], MAX_ALL_PIXELS
         for i, data in enumerate(examples):
             _refuse_other(data, bytes, i, "the bytes of a picture")
             try:
-                crops.append(self._crop.apply(decode_image(data, MAX_PIXELS, f"picture {i + 1}")))
+                picture = decode_image(data, min(left, MAX_PIXELS), f"picture {i + 1}")
+                left -= picture.shape[0] * picture.shape[1]
+                crops.append(self._crop.apply(picture))
             except BadImage as error:
                 reason = error.reason.replace("data.max_pixels", "the limit")
                 raise InputError(
@@ -131,6 +136,12 @@ class Predictor:
             _refuse_other(text, str, i, "a text")
             if not text.strip():
                 raise InputError("an empty text", where=f"text {i + 1}", allowed="some words")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(
+                    "a text has half a character in it (a lone surrogate)",
+                    where=f"text {i + 1}",
+                    allowed="Unicode",
+                )
             if len(text) > MAX_CHARACTERS:
                 raise InputError(
                     "a text is too long",

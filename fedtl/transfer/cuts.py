@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedtl.errors import InputError, nearest
+from fedtl.transfer.tracing import ONE_TRACE
 
 _WRAPPED = "body."
 
@@ -82,7 +83,8 @@ def trace(trunk: nn.Module) -> fx.GraphModule:
     while True:
         tracer = _Tracer(opaque)
         try:
-            return fx.GraphModule(trunk, tracer.trace(trunk))
+            with ONE_TRACE:
+                return fx.GraphModule(trunk, tracer.trace(trunk))
         except Exception as error:  # whatever a model's own code raises when it meets no tensor
             body = getattr(trunk, "body", trunk)
             if tracer.stuck in (None, type(trunk), type(body)) or tracer.stuck in opaque:
@@ -201,14 +203,15 @@ def find(trunk: nn.Module, graph: fx.Graph, cut: str | int) -> Boundary | None:
         where="transfer.cut",
         got=repr(cut),
         allowed=_some(known),
-        do=f"Did you mean {guess!r}?" if (guess := nearest(cut, every)) else None,
+        do=(f"Did you mean {guess!r}? " if (guess := nearest(cut, every)) else "")
+        + "'fedtl cuts' shows where blocks begin",
     )
 
 
 def _some(names: Sequence[str]) -> str:
     """The last names, where the cut usually is."""
-    more = f"{len(names) - 12} more, " if len(names) > 12 else ""
-    return more + ", ".join(names[-12:])
+    more = f", and {len(names) - 12} before these" if len(names) > 12 else ""
+    return ", ".join(names[-12:]) + more
 
 
 def split(graph: fx.GraphModule, place: Boundary | None) -> tuple[nn.Module, nn.Module]:

@@ -33,6 +33,7 @@ from fedtl.transfer.onnx_forward import (
     WayRefused,
     one_line,
 )
+from fedtl.transfer.tracing import ONE_TRACE
 from fedtl.types import Float32
 
 if TYPE_CHECKING:
@@ -268,27 +269,28 @@ def export_onnx(trunk: nn.Module, example: Batch) -> bytes:
     if example.ndim == 2:  # tokens of texts: any number of them, and not that of the sample
         axes, example = {0: "n", 1: "t"}, example[:, 1:]
     pixels = torch.from_numpy(np.repeat(example, 2, axis=0))
-    fused_attention = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # ONNX has no such operator
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            # The tracing exporter is called legacy; the new one needs a further package and
-            # takes thirty times as long.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                trunk,
-                (pixels,),
-                cast(Any, buffer),  # any file object will do; its annotation says path
-                input_names=["pixels"],
-                output_names=["features"],
-                dynamic_axes={"pixels": axes, "features": {0: "n"}},
-                opset_version=_OPSET,
-                dynamo=False,
-            )
-    except Exception as error:  # tracing runs the model's own code: anything may come
-        raise WayRefused(f"export to ONNX failed: {one_line(error)}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused_attention)
+    with ONE_TRACE:
+        fused_attention = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # ONNX has no such operator
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                # The tracing exporter is called legacy; the new one needs a further package and
+                # takes thirty times as long.
+                warnings.simplefilter("ignore")
+                torch.onnx.export(
+                    trunk,
+                    (pixels,),
+                    cast(Any, buffer),  # any file object will do; its annotation says path
+                    input_names=["pixels"],
+                    output_names=["features"],
+                    dynamic_axes={"pixels": axes, "features": {0: "n"}},
+                    opset_version=_OPSET,
+                    dynamo=False,
+                )
+        except Exception as error:  # tracing runs the model's own code: anything may come
+            raise WayRefused(f"export to ONNX failed: {one_line(error)}") from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused_attention)
     return buffer.getvalue()
 
 

@@ -70,4 +70,4 @@ def encoder(config: Mapping[str, Any], key: int) -> nn.Module:
     loader: Any = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key % 2**63)
-        return cast(nn.Module, loader.from_config(made))
+        return cast(nn.Module, loader.from_config(made, trust_remote_code=False))

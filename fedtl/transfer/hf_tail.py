@@ -92,7 +92,11 @@ class TextTail(nn.Module):
         else:
             real = stored[..., -1] > 0.5
             given = {"inputs_embeds": stored[..., :-1]}
-        longest = int(real.sum(1).max()) or real.shape[1]  # nobody needs the padding of all
+        longest = real.shape[1]
+        # nobody needs the padding of all; an exporter would keep the number it sees for good
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if not (traced or torch.compiler.is_compiling()):
+            longest = int(real.sum(1).max()) or longest
         real = real[:, :longest]
         given = {name: value[:, :longest] for name, value in given.items()}
         states = self.body(**given, attention_mask=real.to(torch.int64)).last_hidden_state

@@ -52,7 +52,17 @@ def open_module(section: schema.Backbone, key: int) -> Backbone:
     folder = Path(section.path or "").expanduser().resolve()
     maker = find_class(folder, section.model or "")
     file = inspect.getsourcefile(inspect.unwrap(maker))
-    return _open(section, key, folder, [Path(file)] if file else [])
+    return _open(section, key, folder, _with_helpers(Path(file)) if file else [])
+
+
+def _with_helpers(file: Path) -> list[Path]:
+    """A module's file and all that it may import from around it: its package, or its folder."""
+    if not (file.parent / "__init__.py").is_file():
+        return sorted(file.parent.glob("*.py"))
+    top = file.parent
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    return sorted(top.glob("**/*.py"))
 
 
 def _open(section: schema.Backbone, key: int, folder: Path, files: list[Path]) -> Backbone:
@@ -147,11 +157,27 @@ def find_class(folder: Path, model: str) -> Callable[..., Any]:
         module = _run(lambda: importlib.import_module(file), f"{file} cannot be imported")
     finally:
         sys.path[:] = before
+    _refuse_other_file(module, folder, file)
     maker: Any = getattr(module, name, None)
     if not callable(maker):
         known = [other for other, value in vars(module).items() if callable(value)]
         raise _unknown(f"there is no such class in {file}", name, known)
     return maker  # type: ignore[no-any-return]
+
+
+def _refuse_other_file(module: Any, folder: Path, name: str) -> None:
+    """Python knows one module of a name: raise InputError where the folder has another."""
+    place = folder.joinpath(*name.split("."))
+    mine = [path for path in (place / "__init__.py", place.with_suffix(".py")) if path.is_file()]
+    found = getattr(module, "__file__", None)
+    if mine and (found is None or Path(found).resolve() != mine[0].resolve()):
+        raise InputError(
+            f"{name} is another module here, which was imported before",
+            where="backbone.model",
+            got=found or "a module of Python's own",
+            allowed=str(mine[0]),
+            do="Give your file another name, or do this in a process of its own",
+        )
 
 
 def _defined(file: Path) -> list[str]:

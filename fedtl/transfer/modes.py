@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fedtl.errors import InputError
 from fedtl.transfer.adapters import adapters, biases, prompts
 from fedtl.transfer.low_rank import low_rank
 
@@ -45,9 +46,24 @@ def whole(module: nn.Module, reached: Set[str], recipe: Mapping[str, Any]) -> li
             continue
         own = [tensor for tensor, _ in part.named_parameters(recurse=False)]
         if normed and part.running_mean is not None:
+            _refuse_counting(name, part)
             own += STATISTICS
         trained += [f"{name}.{tensor}" if name else tensor for tensor in own]
     return trained
+
+
+def _refuse_counting(name: str, norm: nn.Module) -> None:
+    """Raise InputError where steps of statistics follow from how many batches a module has seen.
+
+    That number is no tensor of a client's: whoever used the module before would have a say.
+    """
+    if getattr(norm, "momentum", None) is None:
+        raise InputError(
+            f"batch norm {name!r} averages over all batches it ever saw (momentum = None)",
+            where="transfer.batch_norm",
+            allowed='"frozen" or "group"',
+            do="Give that layer a momentum, or set transfer.batch_norm",
+        )
 
 
 def _group_norm(norm: nn.Module) -> nn.GroupNorm:

@@ -50,7 +50,7 @@ def with_names(
             got=len(names),
             allowed=f"{len(classes)}, for {', '.join(classes[:8])}",
         )
-    texts = [section.prompt.format(name) for name in names]
+    texts = [section.prompt.replace("{}", name) for name in names]  # no other fields
     rows = embed(FeatureStore(), backbone, texts, way).astype(np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     likeness = rows @ rows.T - np.eye(len(rows))

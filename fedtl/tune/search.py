@@ -32,8 +32,8 @@ from fedtl.types import ClientUpdates
 
 STUDY = "study.json"
 JUDGED_BY = (
-    f"{FRACTION:.0%} of each client's training examples, kept out of training; nobody's test "
-    "examples were looked at"
+    f"{100 * FRACTION:.0f} % of each client's training examples, kept out of training; nobody's "
+    "test examples were looked at"
 )
 UNPRUNED = 4
 """Trials before any is ended early."""

@@ -117,7 +117,7 @@ class Trials:
 
         def progress(done: int, total: int) -> None:
             self._extracting(done, total)
-            self._interrupts.check("interrupted while images went through the trunk")
+            self._interrupts.check("interrupted while examples went through the trunk")
 
         shutil.rmtree(self._path, ignore_errors=True)  # of a trial that was killed
         folder = RunFolder.create(self._path, dump_scenario(scenario))

@@ -5,7 +5,9 @@ Weights are random and pictures small; the structure is the published one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -146,3 +148,17 @@ def test_cut_points_say_what_each_cut_takes() -> None:
     assert last.parameters == 2 * 512 * 512 * 9 + 4 * 512
     assert last.flops == 2 * 2 * 512 * 512 * 9  # two convolutions over one pixel
     assert points[0].parameters > points[1].parameters > last.parameters
+
+
+def test_two_threads_trace_one_after_the_other() -> None:
+    """torch.fx changes nn.Module for the whole process, and two at once left it changed."""
+    plain, before = nn.Module.__call__, sys.getswitchinterval()
+    trunks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(60))) for _ in range(4)]
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            graphs = list(pool.map(cuts.trace, trunks * 4))
+    finally:
+        sys.setswitchinterval(before)
+    assert nn.Module.__call__ is plain
+    assert all(sum(n.op == "call_module" for n in g.graph.nodes) == 60 for g in graphs)

@@ -73,7 +73,7 @@ def test_parquet_and_datasets_give_the_same(tmp_path: Path) -> None:
 def test_parts_and_class_labels_of_a_data_set(tmp_path: Path) -> None:
     import datasets
 
-    names = datasets.ClassLabel(names=["worse", "better"])
+    names = datasets.ClassLabel(names=["1.0", "better"])  # a name that is a number
     features = datasets.Features({"sentence": datasets.Value("string"), "label": names})
 
     def part(texts: list[str], labels: list[int]) -> datasets.Dataset:
@@ -86,7 +86,7 @@ def test_parts_and_class_labels_of_a_data_set(tmp_path: Path) -> None:
         keys = {"source": "datasets", "path": str(tmp_path / "d"), "text": "sentence"}
         return load_datasets(Data.model_validate({**keys, "subset": subset}))
 
-    assert read("train").classes == ("worse", "better")
+    assert read("train").classes == ("1.0", "better")
     assert read("train").labels.tolist() == [1, 0]
     assert len(read("all")) == 3
     with pytest.raises(InputError, match=r"is it 'sentence'"):

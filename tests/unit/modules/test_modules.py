@@ -19,7 +19,7 @@ from fedtl.modules import applying, find_module, list_modules
 from fedtl.modules.applying import apply_modules, facts_of, scenario_of, write_predictions
 from fedtl.parity import Quiet
 from fedtl.results.module_card import FORMAT, HEAD, read_card
-from fedtl.scenario.load import validate
+from fedtl.scenario.load import dump_scenario, validate
 from fedtl.scenario.schema import Scenario
 from fedtl.simulation import run_scenario
 
@@ -194,6 +194,15 @@ def test_a_strange_module_is_refused(runs, tmp_path, change, says) -> None:
 def test_a_card_brings_no_code(runs, tmp_path) -> None:
     backbone = {"name": "module", "model": "os:system"}
     path = rewritten(runs, tmp_path, lambda f, t: f.update(sections=_sections(backbone=backbone)))
+    with pytest.raises(InputError, match="cannot bring code"):
+        scenario_of(read_card(path), runs["data"])
+
+
+def test_a_scenario_that_came_with_it_brings_no_code(runs, tmp_path) -> None:
+    path = rewritten(runs, tmp_path, lambda f, t: None)
+    code = {"name": "module", "model": "os:system", "image_size": 8}
+    strange = asked(runs["data"], backbone=code)
+    (tmp_path / "scenario.toml").write_text(dump_scenario(strange))
     with pytest.raises(InputError, match="cannot bring code"):
         scenario_of(read_card(path), runs["data"])
 

@@ -36,6 +36,16 @@ def test_views_are_refused_with_the_reason(tables: dict[str, object], where: str
     assert not conflicts(augmentation={"views": 1, "noise": 0.1}, **tables)
 
 
+def test_few_shots_are_no_protected_examples() -> None:
+    for mechanism, unit, refused in (
+        ("example", "client", True), ("release", "example", True), ("release", "client", False),
+        ("central", "client", False),
+    ):  # fmt: skip
+        privacy = {"mechanism": mechanism, "unit": unit, "epsilon": 1.0}
+        assert ("data.shots" in conflicts(data={"shots": 5}, privacy=privacy)) is refused
+    assert not conflicts(data={"shots": 5})
+
+
 def test_views_without_a_kind_are_refused() -> None:
     assert "augmentation.kinds" in conflicts(augmentation={"views": 2, "kinds": []})
 

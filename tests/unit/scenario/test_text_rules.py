@@ -31,6 +31,7 @@ def test_texts_alone_are_fine() -> None:
     assert problems() == []
     assert problems(head={"initial": "names", "prompt": "about {}"}) == []
     assert problems(head={"initial": "names", "kind": "cosine"}) == []
+    assert problems(training={"mixup": 0.2}, augmentation={"noise": 0.1}) == []
     assert problems(data={"source": "datasets", "path": None, "name": "a/b"}) == []
 
 
@@ -49,6 +50,16 @@ def test_texts_alone_are_fine() -> None:
             {"evaluation": {"references": ["from_scratch"]}},
             "evaluation.references",
             "these data are texts",
+        ),
+        (
+            {"transfer": {"mode": "last_blocks"}, "training": {"mixup": 0.2}},
+            "training.mixup",
+            "which places are tokens",
+        ),
+        (
+            {"transfer": {"mode": "lora"}, "augmentation": {"noise": 0.1}},
+            "augmentation.noise",
+            "which places are tokens",
         ),
         ({"head": {"initial": "names", "kind": "mlp"}}, "head.kind", "one vector per class"),
         ({"head": {"initial": "names", "prompt": "about"}}, "head.prompt", "no place for a name"),

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedtl.serve import predictor
 from fedtl.serve.app import Limits, make_app
 from fedtl.serve.gate import Gate
 from fedtl.serve.predictor import Predictor, open_predictor
@@ -146,6 +148,26 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(images: Predictor) -> No
     (answer,) = call(images, {"content": data, "headers": {"Content-Type": "image/png"}})
     assert answer.status_code == 422
     assert "claims 30000 x 30000 pixels" in answer.json()["error"]["what"]
+
+
+def test_many_large_pictures_are_more_than_one_request_may_cost(
+    images: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "MAX_ALL_PIXELS", 1500)
+    files = [("file", (f"{i}.png", picture(i))) for i in range(3)]  # of 600 each
+    two, three = call(images, {"files": files[:2]}, {"files": files})
+    assert two.status_code == 200
+    assert three.status_code == 422
+    assert three.json()["error"]["where"] == "picture 3"
+    assert "more than the limit = 300" in three.json()["error"]["what"]
+
+
+def test_half_a_character_is_said_to_be_one(rows: Predictor) -> None:
+    texts = replace(rows, kind="texts")
+    request = {"content": b'{"texts": ["good", "a \\ud800 b"]}', "headers": JSON}
+    (answer,) = call(texts, request)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["where"] == "text 2"
 
 
 def test_too_long_is_too_long_whatever_it_says_itself(images: Predictor) -> None:

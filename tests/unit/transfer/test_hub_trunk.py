@@ -120,6 +120,30 @@ def test_weights_and_code_are_in_the_identity(own: Path) -> None:
         module(own, weights=str(own / "few.safetensors"))
 
 
+def test_a_helper_is_in_the_identity(own: Path) -> None:
+    before = module(own).identity()["settings"]["code"]
+    (own / "helper.py").write_text("SCALE = 2\n")
+    assert module(own).identity()["settings"]["code"] != before
+    (own / "own_package" / "deep").mkdir(parents=True)
+    for folder in ("own_package", "own_package/deep"):
+        (own / folder / "__init__.py").write_text("")
+    (own / "own_package" / "deep" / "net.py").write_text(CODE)
+    before = module(own, "own_package.deep.net:Net").identity()["settings"]["code"]
+    (own / "own_package" / "scale.py").write_text("SCALE = 2\n")
+    assert module(own, "own_package.deep.net:Net").identity()["settings"]["code"] != before
+
+
+def test_a_module_of_another_folder_is_not_taken_for_this(own: Path) -> None:
+    module(own)
+    (own / "other").mkdir()
+    (own / "other" / "own_trunks.py").write_text(CODE)
+    with pytest.raises(InputError, match="imported before"):
+        module(own / "other")
+    (own / "json.py").write_text(CODE)
+    with pytest.raises(InputError, match="imported before"):
+        module(own, "json:Net")
+
+
 def clone(folder: Path, model: str = "net") -> Backbone:
     asked = schema.Backbone(name="hub", path=str(folder), model=model, image_size=16)
     return open_backbone(asked, 0)

@@ -23,6 +23,7 @@ from fedtl.scenario import schema
 from fedtl.strategies.averaging import FedAdam, FedAvg
 from fedtl.strategies.local_norms import LocalNorms, norms_of
 from fedtl.transfer.backbones import open_backbone
+from fedtl.transfer.modes import whole
 from fedtl.transfer.tails import STORED_BYTES, first_head, open_network, open_tail, still_in
 from fedtl.transfer.trunks import hash_state
 from fedtl.types import TAIL, LocalTraining, Population, Rows, Tail
@@ -82,6 +83,15 @@ def test_each_mode_of_batch_norm_trains_what_it_says(kind: str) -> None:
         assert (tail.tensors["features.18.1.weight"] == 1).all()  # batch norm's own
     else:
         assert statistics < norms
+
+
+def test_batch_norm_that_counts_its_batches_is_refused() -> None:
+    """The count is the module's own, and threads share modules."""
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3, momentum=None))
+    for kind in ("local", "aggregated"):
+        with pytest.raises(InputError, match="momentum = None"):
+            whole(module, {"0"}, {"batch_norm": kind})
+    assert whole(module, {"0"}, {"batch_norm": "frozen"}) == []
 
 
 def _norm_tensors(tail: Tail) -> set[str]:

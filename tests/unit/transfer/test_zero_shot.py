@@ -52,6 +52,9 @@ def test_rows_are_the_names_in_the_prompt(folder: Path) -> None:
     np.testing.assert_allclose(
         other["weight"], SCALE * rows(folder, "the not good", "the film"), 1e-6
     )
+    twice = started(folder, prompt="the {} {}")  # a prompt is no format
+    wanted = rows(folder, "the bad bad", "the good good")
+    np.testing.assert_allclose(twice["weight"], SCALE * wanted, 1e-6)
     cosine = started(folder, kind="cosine")
     np.testing.assert_allclose(cosine["weight"], rows(folder, "the bad", "the good"), 1e-6)
 

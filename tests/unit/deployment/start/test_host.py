@@ -96,7 +96,7 @@ def odd_arrays(root: Path) -> Path:
 
 
 BROKEN = {
-    "images": (spoil_image, "2 images cannot be read", "cat/secret 1.png"),
+    "images": (spoil_image, "2 examples cannot be read", "cat/secret 1.png"),
     "leak": (leak, "of its contents are in both train and test", "cat/smith secret"),
     "layout": (stray, "its data cannot be used", "smith"),
     "link": (link_out, "links that lead out of the data folder", "cat/smith.png"),

@@ -96,6 +96,22 @@ def test_what_is_wrong_is_said_at_home_alone(
     assert SECRET not in caught.value.line()
 
 
+def test_classes_that_are_none_are_not_told(site: Any, tmp_path: Path) -> None:
+    """The server says which column is the class, and is told all that stands there."""
+    mine = people().query("client == 'rome'").drop(columns="client")
+    mine.to_csv(tmp_path / "rome.csv", index=False)
+    site.add("rome", tmp_path / "rome.csv")
+    site.hosts["rome"].join(site_terms(site, "rome"))
+    said = "the server is told the names of 2 classes: column 'ill', as its scenario says"
+    assert said in site.told["rome"]
+    names = [f"{SECRET} {i}" for i in range(len(mine))]
+    mine.assign(ill=names).to_csv(tmp_path / "oslo.csv", index=False)
+    site.add("oslo", tmp_path / "oslo.csv")
+    with pytest.raises(InputError, match="another for most examples"):
+        site.hosts["oslo"].join(site_terms(site, "oslo"))
+    assert SECRET not in str(site.told["oslo"])
+
+
 def site_terms(site: Any, name: str) -> dict[str, Any]:
     from fedtl.deployment.terms import make_terms
     from fedtl.transfer.backbones import open_backbone
