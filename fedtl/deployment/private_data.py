@@ -7,6 +7,7 @@ through ``discreet`` holds a path, a file's name or a value; the rest of it stay
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -222,8 +223,34 @@ def own_data(path: Path, told: Any) -> dict[str, Any]:
     own = {"path": str(path.absolute())}
     if source not in TOLD or (source in ("table", "texts")) != (path.suffix.lower() in SUFFIXES):
         return own | {"source": source_of(path)}
+    if (pattern := told.get("label_pattern")) is not None:
+        _check_pattern(pattern)
     return own | {"source": source} | {key: told.get(key) for key in TOLD[source]}
 
+
+def _check_pattern(pattern: Any) -> None:
+    """Refuse a regular expression of somebody else that could take forever on a file's path.
+
+    Raises:
+        InputError: it is none, or repeats what repeats already, or repeats too often.
+    """
+    text = pattern if isinstance(pattern, str) else ""
+    nested = re.search(r"\)[*+{]", text) or len(re.findall(r"[*+}]", text)) > MOST_REPEATS
+    try:
+        groups = re.compile(text).groups
+    except (re.error, OverflowError, RecursionError):
+        groups = 0
+    if nested or not groups or len(text) > LONGEST_PATTERN:
+        raise InputError(
+            "the server's pattern for classes is not one that is run on this machine's paths",
+            where="data.label_pattern",
+            got=repr(str(pattern)[:100]),
+            allowed=f"one with a group, none of which is repeated, and {MOST_REPEATS} repeats",
+        )
+
+
+MOST_REPEATS, LONGEST_PATTERN = 3, 200
+"""In a regular expression that another machine sent."""
 
 FEW_CLASSES = 20
 """As many may be told of even where hardly two examples share one."""

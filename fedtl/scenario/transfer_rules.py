@@ -192,10 +192,31 @@ def _plain_features(scenario: Scenario) -> Iterator[Problem]:
         )
 
 
+def _mixed(scenario: Scenario) -> Iterator[Problem]:
+    """Where activations are mixed or blurred must not hang on whether they fit on a disk."""
+    mode, stored = scenario.transfer.mode, scenario.transfer.activations == "store"
+    if mode in ("head", "full", "scratch") or scenario.transfer.cut == 0 or stored:
+        return
+    for key, value in (
+        ("training.mixup", scenario.training.mixup),
+        ("augmentation.noise", scenario.augmentation.noise),
+    ):
+        if value:
+            yield Problem(
+                key,
+                "acts on what is stored: activations at the cut, or pixels where these are "
+                "recomputed; say which",
+                f"{value:g}",
+                "0",
+                'Set transfer.activations = "store"',
+            )
+
+
 TRANSFER_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (
     _whole,
     _unused,
     _batch_norm,
     _plain_features,
+    _mixed,
 )
 """What cannot go together with the cut and with what is trained behind it."""

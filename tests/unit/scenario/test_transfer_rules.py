@@ -93,3 +93,11 @@ def test_averaged_statistics_go_only_where_a_variance_stays_one() -> None:
     assert where(transfer=aggregated, strategy=fast) == {"strategy.server_learning_rate"}
     packed = {"kind": "int8"}
     assert where(transfer=aggregated, compression=packed) == {"transfer.batch_norm"}
+
+
+def test_where_activations_are_mixed_is_said() -> None:
+    for section, values in (("training", {"mixup": 0.2}), ("augmentation", {"noise": 0.1})):
+        assert where(**{section: values}) == {f"{section}.{next(iter(values))}"}
+        assert where(**{section: values}, transfer={**CUT, "activations": "store"}) == set()
+        assert where(**{section: values}, transfer={"mode": "full"}) == set()
+        assert where(**{section: values}, transfer={"mode": "head"}) == set()

@@ -157,3 +157,13 @@ def test_a_first_look_before_anything_is_said(tmp_path: Path) -> None:
     for name in ("none.csv", "empty", "none"):
         with pytest.raises(InputError):
             first_look(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(a|a)*b", r"(.*)(.*)(.*)(.*)x", "(", "abc", 7, "(a)" * 100]
+)
+def test_a_pattern_that_could_take_forever_is_not_run(tmp_path: Path, pattern: Any) -> None:
+    told = {**told_of(Data(source="sound", path="x.zip")), "label_pattern": pattern}
+    with pytest.raises(InputError, match="pattern"):
+        own_data(tmp_path, told)
+    assert own_data(tmp_path, {**told, "label_pattern": r"(\d+)_\w+\.wav$"})["source"] == "sound"
