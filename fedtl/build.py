@@ -43,6 +43,7 @@ from fedtl.scenario.schema import Scenario
 from fedtl.secure_rounds import simulated_sums
 from fedtl.strategies import Strategy, make_strategy, protected
 from fedtl.strategies.adversarial import Adversarial
+from fedtl.transfer.backbones import TAKES, names
 from fedtl.transfer.tails import first_head, open_network
 from fedtl.transfer.zero_shot import with_names
 from fedtl.types import Int64, Population
@@ -131,21 +132,38 @@ def open_data(scenario: Scenario) -> OpenedData:
 
 def open_examples(scenario: Scenario, examples: Examples) -> OpenedData:
     """The same for examples that are here already."""
+    name = scenario.backbone.name
+    if name in TAKES or (examples.kind != "images" and name in names()):  # which downloads nothing
+        _check_kind(scenario, examples, TAKES.get(name, "images"))
     backbone, tail = open_network(
         scenario.backbone, scenario.transfer, scenario.seed, len(examples)
     )
-    if examples.kind != backbone.takes:
+    _check_kind(scenario, examples, backbone.takes)
+    return OpenedData(scenario, *deal(scenario, examples), backbone, tail)
+
+
+def _check_kind(scenario: Scenario, examples: Examples, takes: str) -> None:
+    """Refuse examples that a backbone does not take.
+
+    Args:
+        takes: a kind of examples, or several.
+    """
+    if examples.kind not in takes:
         raise InputError(
-            f"the data are {KINDS[examples.kind]}, and this backbone takes {KINDS[backbone.takes]}",
+            f"the data are {KINDS[examples.kind]}, and this backbone takes {KINDS[takes]}",
             where="backbone.name",
             got=repr(scenario.backbone.name),
             allowed=FITTING[examples.kind],
             do=f"Set backbone.name = {FITTING[examples.kind].split(', ')[0]}",
         )
-    return OpenedData(scenario, *deal(scenario, examples), backbone, tail)
 
 
-KINDS = {"images": "images", "texts": "texts", "rows": "rows of numbers"}
+KINDS = {
+    "images": "images",
+    "texts": "texts",
+    "rows": "rows of numbers",
+    "images or rows": "images or rows of numbers",
+}
 FITTING = {
     "images": '"efficientnet_lite0", any torchvision model, "timm", "onnx", "hub", "module"',
     "texts": '"hf"',
