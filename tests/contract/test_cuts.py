@@ -126,7 +126,7 @@ def test_a_wrong_name_gives_the_nearest_and_a_number_too_large_the_range() -> No
     graph = cuts.trace(trunk).graph
     with pytest.raises(InputError) as caught:
         cuts.find(trunk, graph, "layer44")
-    assert caught.value.do == "Did you mean 'layer4'?"
+    assert caught.value.do == "Did you mean 'layer4'? 'fedtl cuts' shows where blocks begin"
     with pytest.raises(InputError) as caught:
         cuts.find(trunk, graph, 9)
     assert caught.value.allowed == "0 to 8"
