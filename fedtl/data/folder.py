@@ -54,6 +54,24 @@ def load_folder(data: Data, *, one_client: bool = False) -> Examples:
     problems = layout_problems(paths, files.folders, data, one_client)
     if problems:
         raise data_problems(str(files.root), problems)
+    paths, digests, left_out = readable(files, paths, data, "image")
+    notes = []
+    if others:
+        notes.append(f"{others} files without a known image extension were passed over")
+    return build_examples(files, paths, digests, data, (*notes, *left_out))
+
+
+def readable(
+    files: Files, paths: list[str], data: Data, what: str
+) -> tuple[list[str], bytes, tuple[str, ...]]:
+    """The paths whose files can be read, a digest of all their bytes, and what is told of the rest.
+
+    Args:
+        what: one of them is, for messages.
+
+    Raises:
+        InputError: files that cannot be read where that shall stop, or nothing but such files.
+    """
     digests, unreadable = hash_files(files.read, paths)
     if unreadable and data.on_bad_file == "stop":
         lines = [f"{printable(path)}: cannot be read: {why}" for path, why in unreadable.items()]
@@ -62,13 +80,18 @@ def load_folder(data: Data, *, one_client: bool = False) -> Examples:
         raise BadFiles(told.what, len(lines), where=told.where, got=None, do=do)
     paths = [path for path in paths if path not in unreadable]
     if not paths:
-        raise InputError("no image can be read", where=str(files.root))
-    notes = []
-    if others:
-        notes.append(f"{others} files without a known image extension were passed over")
-    if unreadable:
-        notes.append(f"{len(unreadable)} unreadable files were skipped")
-    return build_examples(files, paths, digests, data, tuple(notes))
+        raise InputError(f"no {what} can be read", where=str(files.root))
+    notes = (f"{len(unreadable)} unreadable files were skipped",) if unreadable else ()
+    return paths, digests, notes
+
+
+def clients_by_pattern(names: list[str], data: Data) -> tuple[Int32 | None, tuple[str, ...], str]:
+    """Natural clients by ``data.client_pattern``, their names, and a hash of who was dealt what."""
+    if data.client_pattern is None:
+        return None, (), ""
+    found = named_by(names, data.client_pattern, "data.client_pattern", "client")
+    clients, client_names = numbered(found)
+    return clients, client_names, content_hash("pattern", clients, client_names)
 
 
 def build_examples(
@@ -88,11 +111,7 @@ def build_examples(
     domains, domain_names = None, tuple[str, ...]()
     if data.domains:
         domains, domain_names = numbered([folder.partition("/")[0] for folder in folders])
-    clients, client_names, dealt = None, tuple[str, ...](), ""
-    if data.client_pattern is not None:
-        found = named_by(names, data.client_pattern, "data.client_pattern", "client")
-        clients, client_names = numbered(found)
-        dealt = content_hash("pattern", clients, client_names)
+    clients, client_names, dealt = clients_by_pattern(names, data)
     fingerprint = content_fingerprint(digests, labels, classes, domains, domain_names)
     images = FileImages(files, paths, data.max_pixels)
     return Examples(

@@ -6,16 +6,21 @@ import unicodedata
 from pathlib import Path
 
 from fedtl.data.examples import (
-    BadFiles,
     Examples,
     content_fingerprint,
-    content_hash,
     data_problems,
 )
 from fedtl.data.files import Files, open_files, unwrapped
-from fedtl.data.folder import class_of, hash_files, layout_problems, named_by, numbered
+from fedtl.data.folder import (
+    class_of,
+    clients_by_pattern,
+    layout_problems,
+    named_by,
+    numbered,
+    readable,
+)
 from fedtl.data.log_mel import Picture, Recordings
-from fedtl.errors import InputError, printable
+from fedtl.errors import InputError
 from fedtl.scenario.schema import Data
 
 EXTENSIONS = (".wav", ".wave")
@@ -47,17 +52,8 @@ def load_sound(data: Data, *, one_client: bool = False) -> Examples:
             raise data_problems(str(files.root), problems)
     elif not paths:
         raise InputError(f"no recording in it ({' '.join(EXTENSIONS)})", where=str(files.root))
-    digests, unreadable = hash_files(files.read, paths)
-    if unreadable and data.on_bad_file == "stop":
-        lines = [f"{printable(path)}: cannot be read: {why}" for path, why in unreadable.items()]
-        told = data_problems(str(files.root), lines)
-        do = "Mend them, or use --set data.on_bad_file=skip"
-        raise BadFiles(told.what, len(lines), where=told.where, got=None, do=do)
-    paths = [path for path in paths if path not in unreadable]
-    if not paths:
-        raise InputError("no recording can be read", where=str(files.root))
-    notes = [f"{len(unreadable)} unreadable files were skipped"] if unreadable else []
-    return _examples(files, paths, digests, data, tuple(notes), one_client)
+    paths, digests, left_out = readable(files, paths, data, "recording")
+    return _examples(files, paths, digests, data, left_out, one_client)
 
 
 def _examples(
@@ -83,11 +79,7 @@ def _examples(
     elif data.domain_pattern is not None:
         found = named_by(names, data.domain_pattern, "data.domain_pattern", "domain")
         domains, domain_names = numbered(found)
-    clients, client_names, dealt = None, tuple[str, ...](), ""
-    if data.client_pattern is not None:
-        found = named_by(names, data.client_pattern, "data.client_pattern", "client")
-        clients, client_names = numbered(found)
-        dealt = content_hash("pattern", clients, client_names)
+    clients, client_names, dealt = clients_by_pattern(names, data)
     picture = picture_of(data)
     if picture.bands != picture.frames:
         notes = (

@@ -12,17 +12,26 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from fedtl import machine
 from fedtl.errors import InputError, writing
 from fedtl.results.files import sync_folder
 from fedtl.types import Float32, Int64
+
+if TYPE_CHECKING:
+    from fedtl.transfer.extraction import Forward
+
+NAMED = 5
+"""Bad files that a manifest, or a message, names."""
 
 MANIFEST = "manifest.json"
 ARRAYS = ("features.npy", "content.npy", "kept.npy")
@@ -99,6 +108,49 @@ def stored_as(features: Float32, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
             do="Set backbone.feature_dtype = 'float32'",
         )
     return block
+
+
+def seal_features(
+    folder: Path,
+    made_of: Mapping[str, Any],
+    forward: Forward,
+    content: npt.NDArray[np.uint8],
+    kept: Int64,
+    bad: Sequence[str],
+    began: float,
+    threads: int,
+) -> None:
+    """Write what stands beside a finished matrix, and seal the entry.
+
+    Args:
+        made_of: ``format``, ``backbone``, ``data`` and ``dtype`` of the entry's key.
+        forward: what ran the trunk.
+        content: a hash of each row's content, uint8 [n, 16].
+        kept: which examples the rows are, int64 [n].
+        bad: what could not be decoded, by name and reason.
+        began: when the work began, by ``time.perf_counter``.
+    """
+    with writing("the feature store", folder):
+        np.save(folder / ARRAYS[1], content)
+        np.save(folder / ARRAYS[2], kept)
+    manifest = {
+        **made_of,
+        "rows": len(kept),
+        "dim": forward.dim,
+        "way": forward.way,
+        "trunk_before": forward.trunk_hash,
+        "trunk_after": forward.state_hash(),
+        "max_difference": forward.max_difference,
+        "flops": getattr(forward, "flops", None),
+        "created": time.time(),
+        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "build_seconds": time.perf_counter() - began,
+        "num_bad": len(bad),
+        "bad": list(bad[:NAMED]),
+        "versions": machine.versions(),
+        "cpu": machine.cpu_model(),
+    }
+    seal(folder, manifest, threads)
 
 
 def seal(folder: Path, manifest: dict[str, Any], threads: int) -> None:

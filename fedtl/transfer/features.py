@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from fedtl import machine
 from fedtl.data.examples import BadFiles, Images
 from fedtl.errors import EnvironmentFault, InputError, writing
 from fedtl.results.files import sync_folder
@@ -34,7 +32,6 @@ from fedtl.types import Int64
 
 FORMAT = 3
 _SPARE_BYTES = 16 << 20  # left free on the disk beside what the features take
-_NAMED = 5  # bad files that a message names
 
 
 @dataclass(frozen=True)
@@ -318,30 +315,14 @@ class FeatureStore:
             file.keep(kept)
         finally:
             file.close()
-        with writing("the feature store", folder):
-            np.save(folder / entries.ARRAYS[1], result.content[kept])
-            np.save(folder / entries.ARRAYS[2], kept)
-        manifest = {
+        made_of = {
             "format": FORMAT,
             "backbone": order.backbone.identity(),
             "data": order.fingerprint,
-            "rows": len(kept),
-            "dim": forward.dim,
             "dtype": order.dtype,
-            "way": forward.way,
-            "trunk_before": forward.trunk_hash,
-            "trunk_after": forward.state_hash(),
-            "max_difference": forward.max_difference,
-            "flops": getattr(forward, "flops", None),
-            "created": time.time(),
-            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "build_seconds": time.perf_counter() - began,
-            "num_bad": len(names),
-            "bad": names[:_NAMED],
-            "versions": machine.versions(),
-            "cpu": machine.cpu_model(),
         }
-        entries.seal(folder, manifest, order.threads)
+        content = result.content[kept]
+        entries.seal_features(folder, made_of, forward, content, kept, names, began, order.threads)
 
     def path(self, key: str) -> Path:
         """The ``.npy`` file of an entry's matrix."""
@@ -396,5 +377,7 @@ def bad_images(names: list[str], num_bad: int, total: int) -> BadFiles:
 
 def named(names: list[str], num_bad: int) -> str:
     """How many bad images there are, and the first few by name and reason."""
-    more = f", and {num_bad - _NAMED} more" if num_bad > _NAMED else ""
-    return f"{num_bad} image{'s' if num_bad != 1 else ''}: {'; '.join(names[:_NAMED])}{more}"
+    more = f", and {num_bad - entries.NAMED} more" if num_bad > entries.NAMED else ""
+    return (
+        f"{num_bad} image{'s' if num_bad != 1 else ''}: {'; '.join(names[: entries.NAMED])}{more}"
+    )

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtl import machine
 from fedtl.data.examples import Texts
-from fedtl.errors import EnvironmentFault, InputError, writing
+from fedtl.errors import EnvironmentFault, InputError
 from fedtl.transfer import entries, extraction
 from fedtl.transfer.backbones import Backbone
 from fedtl.transfer.extraction import Forward
@@ -268,30 +266,14 @@ def _build(order: _Order, way: str, folder: Path) -> None:
         extraction.refuse_changed(forward.trunk_hash, forward.state_hash())
     finally:
         file.close()
-    with writing("the feature store", folder):
-        np.save(folder / entries.ARRAYS[1], hash_texts(texts))
-        np.save(folder / entries.ARRAYS[2], np.arange(count, dtype=np.int64))
-    manifest: dict[str, Any] = {
+    made_of = {
         "format": FORMAT,
         "backbone": backbone.identity(),
         "data": order.fingerprint,
-        "rows": count,
-        "dim": forward.dim,
         "dtype": order.dtype,
-        "way": forward.way,
-        "trunk_before": forward.trunk_hash,
-        "trunk_after": forward.state_hash(),
-        "max_difference": forward.max_difference,
-        "flops": getattr(forward, "flops", None),
-        "created": time.time(),
-        "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "build_seconds": time.perf_counter() - began,
-        "num_bad": 0,
-        "bad": [],
-        "versions": machine.versions(),
-        "cpu": machine.cpu_model(),
     }
-    entries.seal(folder, manifest, order.threads)
+    content, kept = hash_texts(texts), np.arange(count, dtype=np.int64)
+    entries.seal_features(folder, made_of, forward, content, kept, (), began, order.threads)
 
 
 def text_width(
