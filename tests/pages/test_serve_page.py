@@ -173,8 +173,10 @@ def test_a_row_by_keyboard_alone(show: Callable[..., Any]) -> None:
 def test_a_picture_is_chosen_by_keyboard(show: Callable[..., Any]) -> None:
     page = show("images")
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "drop"
     with page.expect_file_chooser() as chooser:
+        # Keys reach the page by another way than the wish to see its file choosers, which a busy
+        # machine delivers later: an answer from the page shows that the wish has arrived.
+        assert page.evaluate("document.activeElement.id") == "drop"
         page.keyboard.press("Enter")
     chooser.value.set_files({"name": "a.png", "mimeType": "image/png", "buffer": picture()})
     page.wait_for_selector("#found:not([hidden])")
