@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtl.errors import InputError
 from fedtl.options import AsJson, RunName, console_for
 
 app = typer.Typer()
@@ -48,6 +49,12 @@ def export(
 
     console = console_for(as_json)
     path = find_run(run)
+    if not path.is_dir():
+        raise InputError(
+            "there is no such run" if not path.exists() else "not a run but a file",
+            where=path,
+            allowed="a run's folder, its name under runs/, or 'last'",
+        )
     with Interrupts() as interrupts, Terminal(console) as terminal:
         facts = export_run(path, to.value, terminal, interrupts, out=out, int8=quantize is not None)
     _print_export(facts, console)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from fedtl.engines.flower_processes import port_owner
 from fedtl.errors import EnvironmentFault, InputError, SecurityRefusal
 from fedtl.export import FOLDER, Observer, export_run
 from fedtl.interrupts import Interrupts
-from fedtl.results.runs import RunFolder
+from fedtl.results.runs import SCENARIO, RunFolder
 
 if TYPE_CHECKING:
     from fedtl.serve.predictor import Predictor
@@ -28,6 +30,9 @@ CONNECTIONS = 4096
 
 IDLE_SECONDS = 5
 """After which a connection without a request is closed."""
+
+
+_NO_ADDRESS = (errno.EADDRNOTAVAIL, socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_FAIL)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Place:
         for path in (self.cert, self.key):
             if path is not None and not path.is_file():
                 raise InputError("there is no such file", where=path)
+        if self.cert is not None:
+            self._refuse_strange()
         if self.cert is None and not is_loopback(self.host) and not self.open:
             raise SecurityRefusal(
                 "others on the way could read and change what is sent",
@@ -61,6 +68,18 @@ class Place:
                 do="Give --tls-cert and --tls-key, or put a proxy with TLS in front of "
                 "--host 127.0.0.1, or say --insecure-i-understand",
             )
+
+    def _refuse_strange(self) -> None:
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(str(self.cert), self.key, password="")
+        except (ssl.SSLError, OSError) as error:
+            raise InputError(
+                "this is no certificate with its key, or they cannot be read",
+                where=self.cert,
+                got=error.strerror,
+                allowed="two PEM files that belong together, the key without a password",
+            ) from error
 
     @property
     def address(self) -> str:
@@ -75,13 +94,26 @@ def file_of(path: Path, observer: Observer, interrupts: Interrupts) -> Path:
     Raises:
         InputError: neither; see ``export_run``.
     """
+    if not path.exists():
+        raise InputError(
+            "there is no such run, and no such file",
+            where=path,
+            allowed="a run's folder, its name under runs/, 'last', or an exported .onnx file",
+        )
     if path.is_file():
         if path.suffix != ".onnx":
             raise InputError("only ONNX files are served", where=path, do="Export with --to onnx")
         return path
+    files = sorted(path.glob("*.onnx"))
+    if files and not (path / SCENARIO).is_file():
+        raise InputError(
+            "not a run but a folder with exported files",
+            where=path,
+            do=f"Type 'fedtl serve {files[0]}'",
+        )
     from fedtl.serve.predictor import open_predictor
 
-    summary = RunFolder(path).finished() if path.is_dir() else None
+    summary = RunFolder(path).finished()
     if summary is not None:
         kept = path / FOLDER / f"{summary.get('name')}.onnx"
         if kept.is_file():
@@ -119,6 +151,8 @@ def serve(predictor: Predictor, place: Place, ready: Callable[[str], None]) -> N
         log_level="error",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks who asks
+        ws="none",
         lifespan="on",
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=10,
@@ -141,13 +175,21 @@ def missing(error: ImportError) -> EnvironmentFault:
 
 def _listen(place: Place) -> socket.socket:
     family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol is named: asyncio sends without delay (TCP_NODELAY) only where it is. An answer
+    # goes out as head and body, and Nagle's algorithm would hold the body back for 40 ms.
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((place.host, place.port))
         found.listen(CONNECTIONS)
     except (OSError, OverflowError) as error:
         found.close()
+        if isinstance(error, OSError) and error.errno in _NO_ADDRESS:
+            raise EnvironmentFault(
+                f"{place.host} cannot be listened on: {error.strerror}",
+                where="--host",
+                do="Give an address of this machine",
+            ) from error
         owner = port_owner(place.port)
         raise EnvironmentFault(
             f"port {place.port} cannot be listened on: {getattr(error, 'strerror', error)}",

@@ -1,11 +1,12 @@
-"""What bounds a server: how many requests are worked on, how many wait, and how long a body is."""
+"""What bounds a server: bytes of bodies in memory, requests worked on, how many wait, how long."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 class Refused(Exception):
@@ -30,78 +31,118 @@ class Refused(Exception):
         super().__init__(what)
 
 
+class HungUp(Exception):
+    """The other side went away before its request was whole: nobody is there to be answered."""
+
+
 @dataclass
 class Gate:
-    """Lets so many requests in at once; a few more wait outside, with their bodies unread.
+    """Lets in as much as there is room for; the rest waits in the order in which it came.
 
     Attributes:
-        places: requests worked on: each may hold its body and a decoded picture in memory.
-        waiting: requests that may wait for one; what comes beyond is told to come again.
+        room: how much is inside at once: requests, or bytes.
+        waiting: requests that may wait; what comes beyond is told to come again.
         patience: seconds that one waits at most.
+        used: how much is inside, never more than ``room``.
     """
 
-    places: int = 8
+    room: int
     waiting: int = 2048
     patience: float = 30.0
-    waits: int = 0
-    _free: asyncio.Semaphore = field(init=False)
+    used: int = field(default=0, init=False)
+    _queue: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque, init=False)
 
-    def __post_init__(self) -> None:
-        self._free = asyncio.Semaphore(self.places)
+    @property
+    def waits(self) -> int:
+        """How many wait."""
+        return len(self._queue)
 
-    @asynccontextmanager
-    async def entered(self) -> AsyncIterator[None]:
-        """A place. Raises Refused (503) where there is none in time."""
-        if self.waits >= self.waiting:
+    async def enter(self, amount: int = 1) -> None:
+        """Come in; whoever does leaves again by ``leave``.
+
+        Raises:
+            Refused: there was no room in time (503).
+        """
+        if not self._queue and self.used + amount <= self.room:
+            self.used += amount
+            return
+        if len(self._queue) >= self.waiting:
             raise _busy()
-        self.waits += 1
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append((amount, turn))
         try:
             async with asyncio.timeout(self.patience):
-                await self._free.acquire()
-        except TimeoutError:
-            raise _busy() from None
-        finally:
-            self.waits -= 1
-        try:
-            yield
-        finally:
-            self._free.release()
+                await turn
+        except BaseException as error:  # in vain, or cancelled
+            if turn.cancelled():
+                self._let_in()  # one behind may need less
+            else:  # let in at the same moment
+                self.leave(amount)
+            if isinstance(error, TimeoutError):
+                raise _busy() from None
+            raise
+
+    def leave(self, amount: int = 1) -> None:
+        """Give the room back."""
+        self.used -= amount
+        self._let_in()
+
+    def _let_in(self) -> None:
+        self._queue = deque(one for one in self._queue if not one[1].cancelled())
+        while self._queue and self.used + self._queue[0][0] <= self.room:
+            amount, turn = self._queue.popleft()
+            self.used += amount
+            turn.set_result(None)
 
 
 def _busy() -> Refused:
     return Refused(503, "too many requests at once", do="Try again in a moment", retry=1)
 
 
-async def read_body(
-    stream: AsyncIterator[bytes], declared: str | None, limit: int, seconds: float
-) -> bytes:
-    """A request's body, never more than ``limit`` bytes of it.
+def body_size(declared: str | None, limit: int) -> int:
+    """Bytes to make room for: those that a request declares, or as many as it may have.
 
     Args:
-        stream: its pieces as they come.
-        declared: the header Content-Length; what comes is counted all the same.
+        declared: the header Content-Length.
 
     Raises:
-        Refused: too long (413), or too slow (408).
+        Refused: it says itself that it is too long (413).
     """
-    refuse_length(declared, limit)
-    parts, size = [], 0
+    if declared is None or not declared.isdecimal():
+        return limit
+    if len(declared) > 18 or int(declared) > limit:
+        raise _too_long(limit)
+    return int(declared)
+
+
+async def read_body(
+    receive: Callable[[], Awaitable[MutableMapping[str, Any]]], size: int, seconds: float
+) -> bytes:
+    """A request's body, never more than ``size`` bytes of it.
+
+    Args:
+        receive: ASGI's.
+
+    Raises:
+        Refused: more comes (413), or it comes too slowly (408).
+        HungUp: the other side is gone.
+    """
+    parts, left, more = [], size, True
     try:
         async with asyncio.timeout(seconds):
-            async for part in stream:
-                size += len(part)
-                if size > limit:
-                    raise _too_long(limit)
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise HungUp
+                part: bytes = message.get("body", b"")
+                left -= len(part)
+                if left < 0:
+                    raise _too_long(size)
                 parts.append(part)
+                more = message.get("more_body", False)
     except TimeoutError:
         raise Refused(408, "the request came too slowly", allowed=f"{seconds:g} seconds") from None
-    return b"".join(parts)
-
-
-def refuse_length(declared: str | None, limit: int) -> None:
-    """Raise Refused (413) where a request says itself that it is too long."""
-    if declared is not None and declared.isdigit() and int(declared) > limit:
-        raise _too_long(limit)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _too_long(limit: int) -> Refused:

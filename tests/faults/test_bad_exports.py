@@ -28,7 +28,7 @@ def refused(done: subprocess.CompletedProcess[str], says: str, code: int = 2) ->
 
 
 def test_no_run_and_no_format(fedtl: Fedtl, tmp_path: Path) -> None:
-    refused(fedtl("export", "nowhere"), "not a run folder")
+    refused(fedtl("export", "nowhere"), "there is no such run")
     (tmp_path / "empty").mkdir()
     refused(fedtl("export", "empty"), "not a run folder")
     refused(fedtl("export", "empty", "--to", "tflite"), "'onnx', 'safetensors', 'torch'")

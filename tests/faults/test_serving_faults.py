@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,37 @@ def test_a_gigabyte_is_cut_off(served: tuple[int, int, Path], declared: bool) ->
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
+def test_bodies_that_come_slowly_hold_up_nobody(served: tuple[int, int, Path]) -> None:
+    """Twice as many as requests are worked on; they are answered too, once they are whole."""
+    port, _, _ = served
+    body = json.dumps({"rows": [[1, 4.25, 3, 4]]}).encode()
+    head = f"POST /predict HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+    framings = (
+        (f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:9], body[9:]),
+        (
+            f"{head}Transfer-Encoding: chunked\r\n\r\n9\r\n".encode() + body[:9] + b"\r\n",
+            f"{len(body) - 9:x}\r\n".encode() + body[9:] + b"\r\n0\r\n\r\n",
+        ),
+    )
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            for _ in range(16)
+        ]
+        for i, one in enumerate(slow):
+            one.sendall(framings[i % 2][0])
+        found = httpx.post(f"http://127.0.0.1:{port}/predict", json={"rows": [[1, 4.25, 3, 4]]})
+        assert found.status_code == 200
+        for i, one in enumerate(slow):
+            one.sendall(framings[i % 2][1])
+            answer = b""
+            while not answer.endswith(b"}]}"):
+                part = one.recv(65536)
+                assert part
+                answer += part
+            assert json.loads(answer.partition(b"\r\n\r\n")[2]) == found.json()
+
+
 def test_garbage_and_silence_do_no_harm(served: tuple[int, int, Path]) -> None:
     port, _, _ = served
     quiet = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(50)]
@@ -173,7 +204,9 @@ def test_a_port_that_is_taken(fedtl: Fedtl, tmp_path: Path) -> None:
         (("--tls-cert", "a.pem"), 2, "TLS needs both"),
         (("--tls-cert", "a.pem", "--tls-key", "b.pem"), 2, "no such file"),
         (("--port", "70000"), 2, "--port"),
-        (("--host", "203.0.113.7", "--insecure-i-understand"), 3, "cannot be listened on"),
+        (("--host", "203.0.113.7", "--insecure-i-understand"), 3, "203.0.113.7 cannot be listened"),
+        (("--host", "1::2::3", "--insecure-i-understand"), 3, "an address of this machine"),
+        (("--tls-cert", "rows.onnx", "--tls-key", "rows.onnx"), 2, "no certificate with its key"),
     ],
 )
 def test_places_that_are_refused(
@@ -219,9 +252,26 @@ def test_files_that_are_none(fedtl: Fedtl, tmp_path: Path, kind: str, code: int)
     assert "Traceback" not in done.stderr
 
 
-def test_another_kind_of_file_and_no_run(fedtl: Fedtl, tmp_path: Path) -> None:
-    (tmp_path / "model.pt2").write_bytes(b"x")
-    assert "only ONNX files" in fedtl("serve", "model.pt2").stderr
-    done = fedtl("serve", "nowhere")
+@pytest.mark.parametrize(
+    ("command", "name", "says"),
+    [
+        ("serve", "model.pt2", "only ONNX files"),
+        ("serve", "nothere.onnx", "there is no such run, and no such file"),
+        ("serve", "nowhere", "there is no such run, and no such file"),
+        ("serve", "empty", "not a run folder"),
+        ("serve", "exported", "Type 'fedtl serve exported/a.onnx'"),
+        ("export", "nowhere", "there is no such run"),
+        ("export", "model.pt2", "not a run but a file"),
+    ],
+)
+def test_paths_that_are_no_model(
+    fedtl: Fedtl, tmp_path: Path, command: str, name: str, says: str
+) -> None:
+    for folder in ("empty", "exported"):
+        (tmp_path / folder).mkdir()
+    for file in ("model.pt2", "exported/a.onnx"):
+        (tmp_path / file).write_bytes(b"x")
+    done = fedtl(command, name)
     assert done.returncode == 2
-    assert "not a run folder" in done.stderr
+    assert says in done.stderr
+    assert name in done.stderr

@@ -197,13 +197,135 @@ def test_a_slow_body_is_given_up(images: Predictor) -> None:
     assert call(images, request, seconds=0.05)[0].status_code == 408
 
 
-def test_who_finds_no_place_is_told_to_come_again(images: Predictor) -> None:
-    gate = Gate(places=0, waiting=1, patience=0.02)
+@pytest.mark.parametrize("name", ["small", "large", "work"])
+def test_who_finds_no_place_is_told_to_come_again(images: Predictor, name: str) -> None:
+    gate = Gate(0, patience=0.02)
     request = {"content": picture(), "headers": {"Content-Type": "image/png"}}
-    answer = call(images, request, gate=gate)[0]
+    if name == "large":  # as long as a request may be, for all that it says
+        request["content"] = pieces([picture()])
+    answer = call(images, request, **{name: gate})[0]
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert answer.json()["error"]["do"] == "Try again in a moment"
     assert gate.waits == 0
+
+
+async def pieces(
+    content: list[bytes], goes_on: asyncio.Event | None = None
+) -> AsyncIterator[bytes]:
+    """A body of no stated length, of which the rest comes when it is told to."""
+    for i, one in enumerate(content):
+        if i and goes_on is not None:
+            await goes_on.wait()
+        yield one
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Lets the others go on until it is so."""
+    for _ in range(10_000):
+        if reached():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came to that")
+
+
+def test_slow_bodies_take_no_place_from_a_fast_one(images: Predictor) -> None:
+    """Twice as many as there are places: pieces of unknown length, and stated lengths."""
+    data, goes_on = picture(), asyncio.Event()
+    headers = {"Content-Type": "image/png"}
+    stated = {**headers, "Content-Length": str(len(data))}
+    limits = Limits(seconds=600, work=Gate(8, patience=0))
+
+    async def run() -> tuple[httpx.Response, list[httpx.Response]]:
+        app = make_app(images, limits)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            slow = [
+                asyncio.create_task(
+                    client.post(
+                        "/predict",
+                        content=pieces([data[:50], data[50:]], goes_on),
+                        headers=stated if i % 2 else headers,
+                    )
+                )
+                for i in range(16)
+            ]
+            await until(lambda: limits.small.used == 8 * len(data))
+            await until(lambda: limits.large.used == 8 * limits.body)
+            fast = await client.post("/predict", content=data, headers=headers)
+            assert not any(one.done() for one in slow)
+            goes_on.set()
+            limits.work.patience = 30
+            return fast, await asyncio.gather(*slow)
+
+    fast, slow = asyncio.run(run())
+    assert fast.status_code == 200
+    assert [one.json() for one in slow] == [fast.json()] * 16
+    assert [gate.used for gate in (limits.small, limits.large, limits.work)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("patience", [0.02, 30], ids=["told to come again", "waits"])
+def test_bodies_never_take_more_memory_than_is_theirs(images: Predictor, patience: float) -> None:
+    """Of ten bodies three fit; what is counted is what has come, not what is said of it."""
+    data, held, most, size = picture(), 0, [0], 20_000
+    goes_on = asyncio.Event()
+    memory = Gate(3 * size, patience=patience)
+    limits = Limits(body=size, seconds=600, small=memory)
+
+    async def watched() -> AsyncIterator[bytes]:
+        nonlocal held
+        for piece in (data, bytes(size - len(data))):
+            held += len(piece)
+            most.append(held)
+            yield piece
+        await goes_on.wait()
+        held -= size
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(make_app(images, limits))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            headers = {"Content-Type": "image/png"}
+            asked = [
+                asyncio.create_task(client.post("/predict", content=watched(), headers=headers))
+                for _ in range(10)
+            ]
+            await until(lambda: held >= 3 * size)
+            assert (held, memory.used) == (3 * size, 3 * size)
+            if patience < 1:
+                await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            await until(lambda: memory.waits == (0 if patience < 1 else 7))
+            goes_on.set()
+            return await asyncio.gather(*asked)
+
+    statuses = sorted(one.status_code for one in asyncio.run(run()))
+    assert statuses == ([200] * 3 + [503] * 7 if patience < 1 else [200] * 10)
+    assert max(most) == 3 * size
+    assert (memory.used, memory.waits) == (0, 0)
+
+
+def test_who_hangs_up_gives_back_what_was_kept(images: Predictor) -> None:
+    limits, sent = Limits(), []
+
+    async def receive() -> dict[str, Any]:
+        assert limits.small.used == 1000
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    first = {"type": "http.request", "body": b"x" * 10, "more_body": True}
+    messages = iter([first, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"image/png"), (b"content-length", b"1000")]
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+    asyncio.run(make_app(images, limits)(scope, receive, send))
+    assert sent == []
+    assert limits.small.used == 0
+
+
+@pytest.mark.parametrize("length", ["9" * 30, "9" * 5000, "17000000"])
+def test_lengths_beyond_all_limits(images: Predictor, length: str) -> None:
+    headers = {"Content-Type": "image/png", "Content-Length": length}
+    (answer,) = call(images, {"content": b"x", "headers": headers})
+    assert answer.status_code == 413
 
 
 @pytest.mark.parametrize(
