@@ -10,6 +10,9 @@ thread, and all that is random from the client's own key of the round. Every ste
 
 Sources: label smoothing, Szegedy et al. 2016 (arXiv 1512.00567), as torch's cross_entropy has it;
 L2-SP, Li et al. 2018 (1802.01483).
+
+Where nothing behind the cut moves in a client's round, its rows pass the network there once, and
+the head is trained on what comes of that (``clients.resting``).
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ import numpy as np
 from fedtl.clients.batched import SCALES
 from fedtl.clients.batches import batch_order
 from fedtl.clients.blocks import labels_of, run_blocks
-from fedtl.clients.networks import JUDGED_THROUGH, Network, network, scores
+from fedtl.clients.networks import JUDGED_THROUGH, Network, network, nothing, scores
 from fedtl.clients.regularisation import Best, Chance, divided, spread
+from fedtl.clients.resting import rested
 from fedtl.plans import RoundPlan
 from fedtl.transfer.tails import still_in
 from fedtl.types import (
@@ -118,23 +122,55 @@ class _Client:
         chance = Chance(own, key, spread(population, rows if own.noise else rows[:0]))
         values = {name: torch.tensor(t, device=self.device) for name, t in start.items()}
         steps = _Steps(self.plan, self.place, values, self._pretrained(values))
+        seen = self
+        if steps.names and self._rests(values, steps):
+            seen, rows, kept_back = self._on_what_it_makes(values, rows, kept_back)
         whole = not any(name.endswith(STATISTICS) for name in values)
         watched = own.early_stopping and len(kept_back)
         best = None
         if watched:
             begun = {name: value.clone() for name, value in values.items()}
-            best = Best(own.early_stopping, self._loss(values, kept_back), begun)
+            best = Best(own.early_stopping, seen._loss(values, kept_back), begun)
         summed, epochs = 0.0, own.epochs if steps.names else 0
         for epoch in range(epochs):
             order = rows[batch_order(key, len(rows), epoch)]
             for batch in _batches(order, own.batch_size, alone=whole):
-                loss, gradients = self._gradients(values, steps.names, batch, chance)
+                loss, gradients = seen._gradients(values, steps.names, batch, chance)
                 summed += loss * len(batch) if epoch == 0 else 0.0
                 steps.take(values, gradients)
-            if best is not None and best.over(self._loss(values, kept_back), values):
+            if best is not None and best.over(seen._loss(values, kept_back), values):
                 break
         tensors = {n: v.cpu().numpy() for n, v in (best.tensors if best else values).items()}
         return tensors, summed / len(rows) if epochs and len(rows) else float("nan")
+
+    def _rests(self, values: Tensors, steps: _Steps) -> bool:
+        """Whether a row gives the head the same in every epoch: nothing behind the cut moves, batch
+        norm's statistics neither, and nothing is done to what enters there."""
+        own, behind = self.plan.training, [name for name in values if name.startswith(TAIL)]
+        moving = set(steps.names)
+        moving |= {n for n in behind if n.endswith(STATISTICS) and not n.startswith(own.still)}
+        return bool(behind) and not (own.mixup or own.noise or moving & set(behind))
+
+    def _on_what_it_makes(
+        self, values: Tensors, rows: Int64, kept_back: Int64
+    ) -> tuple[_Client, Int64, Int64]:
+        """This client over what its rows give the head, without the network; its rows there."""
+        population, tail = self.population, self.population.tail
+        assert tail is not None
+        parts = [
+            rested(tail, values, population.features, part, self.device)
+            for part in (rows, kept_back)
+        ]
+        both = np.concatenate([rows, kept_back])
+        plain = replace(
+            population,
+            features=np.concatenate(parts),
+            labels=population.labels[both],
+            tail=None,
+        )
+        places = np.arange(len(both))
+        alone = replace(self, population=plain, through=nothing, judging=nothing)
+        return alone, places[: len(rows)], places[len(rows) :]
 
     def _gradients(
         self, values: Tensors, names: list[str], batch: Int64, chance: Chance

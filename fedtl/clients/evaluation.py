@@ -2,7 +2,8 @@
 
 Predictions are the class of the largest score (the lowest such class on ties); the loss is
 cross-entropy in nats by a stable log-softmax, summed in float64 in row order. A pair of head and
-rows is judged by itself: its bits depend on neither threads nor blocks.
+rows is judged by itself: its bits depend on neither threads nor blocks. Behind a cut the rows first
+pass the network there, and then it is the head alone that is judged.
 """
 
 from __future__ import annotations
@@ -131,6 +132,51 @@ def _nothing(clients: Int64, heads: Head) -> ClientMetrics:
     return ClientMetrics(clients, np.zeros(len(clients)), counts, counts.copy())
 
 
+def _judge_through(
+    tail: Tail,
+    features: npt.NDArray[np.floating[Any]],
+    labels: Int32,
+    rows: list[Int64],
+    clients: Int64,
+    heads: Head,
+    threads: int,
+    device: str,
+    right: Right | None,
+) -> ClientMetrics:
+    """``_judge`` where a network stands behind the cut; ``heads`` hold its tensors too."""
+    import torch
+
+    from fedtl.clients.networks import head_of
+    from fedtl.clients.resting import rested
+
+    result = _nothing(clients, heads)
+    answers: list[Right] = [[] for _ in rows]
+
+    def work(first: int, stop: int) -> None:
+        torch.set_num_threads(1)
+        for i in range(first, stop):
+            own = {name: t[i if len(t) > 1 else 0] for name, t in heads.items()}
+            tensors = {name: torch.tensor(t, device=device) for name, t in own.items()}
+            made = rested(tail, tensors, features, rows[i], device)
+            alone = {name: t[None] for name, t in head_of(own).items()}
+            every = [np.arange(len(made))]
+            try:
+                one = _judge(
+                    made, labels[rows[i]], every, clients[i : i + 1], alone, 1, device,
+                    answers[i], None,
+                )  # fmt: skip
+            except _BadLabel as error:
+                raise _BadLabel(i, error.num_classes) from None
+            result.loss_sum[i] = one.loss_sum[0]
+            result.count[i], result.correct[i] = one.count[0], one.correct[0]
+
+    with _one_torch_thread():
+        run_blocks(work, len(rows), threads=threads)
+    if right is not None:
+        right.extend(own for found in answers for own in found)
+    return result
+
+
 def _judge(
     features: npt.NDArray[np.floating[Any]],
     labels: Int32,
@@ -143,6 +189,8 @@ def _judge(
     tail: Tail | None,
 ) -> ClientMetrics:
     """Head i, or the only one, on ``rows[i]``; ``heads`` are name -> [1 or k, ...]."""
+    if tail is not None:
+        return _judge_through(tail, features, labels, rows, clients, heads, threads, device, right)
     result = _nothing(clients, heads)
     num_classes = result.count.shape[1]
     answers = [np.zeros(len(own), np.bool_) for own in rows] if right is not None else []
@@ -174,7 +222,7 @@ def _judge(
                 own = labels[rows[i]]
                 if len(own) and (own.min() < 0 or own.max() >= num_classes):
                     raise _BadLabel(i, num_classes)
-                loss, found = judge(features, labels, rows[i], head, device, tail)
+                loss, found = judge(features, labels, rows[i], head, device)
                 result.loss_sum[i] = loss
                 result.count[i] = np.bincount(own, minlength=num_classes)
                 result.correct[i] = np.bincount(own[found], minlength=num_classes)

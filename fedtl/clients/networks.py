@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     import torch
 
 JUDGED = 1024
-"""Rows scored at once; fewer where a network stands before the head."""
+"""Rows scored at once."""
 
 JUDGED_THROUGH = 64
+"""Rows that pass the network before the head at once."""
 
 Network = Callable[[Mapping[str, "torch.Tensor"], "torch.Tensor"], "torch.Tensor"]
 """From tensors by name and activations [n, A] to what the head stands on [n, D]."""
+
+
+def nothing(tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """The network where none stands before the head."""
+    return x
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def network(
         training, still: see ``OpenTail.running``.
     """
     if tail is None:
-        yield lambda tensors, x: x
+        yield nothing
         return
     from fedtl.transfer.tails import open_tail
 
@@ -90,7 +96,6 @@ def judge(
     rows: Int64,
     head: Head,
     device: str,
-    tail: Tail | None = None,
 ) -> tuple[float, npt.NDArray[np.bool_]]:
     """Judge one head of any form on some rows.
 
@@ -105,14 +110,13 @@ def judge(
     tensors = {name: torch.tensor(tensor, device=device) for name, tensor in head.items()}
     loss, right = 0.0, np.zeros(len(rows), dtype=np.bool_)
     torch.set_num_threads(1)
-    size = JUDGED if tail is None else JUDGED_THROUGH
-    with network(tail) as through, torch.no_grad():
-        for low in range(0, len(rows), size):
-            part = rows[low : low + size]
+    with torch.no_grad():
+        for low in range(0, len(rows), JUDGED):
+            part = rows[low : low + JUDGED]
             x = torch.from_numpy(features[part].astype(np.float32)).to(device)
-            found = scores(tensors, x, through).cpu()
+            found = scores(tensors, x).cpu()
             own = torch.from_numpy(labels[part].astype(np.int64))
             loss += float(torch.nn.functional.cross_entropy(found.double(), own, reduction="sum"))
             # numpy's argmax takes the lowest of equal classes; torch's does not promise it.
-            right[low : low + size] = found.numpy().argmax(1) == labels[part]
+            right[low : low + JUDGED] = found.numpy().argmax(1) == labels[part]
     return loss, right

@@ -15,13 +15,24 @@ from typing import Any
 import numpy as np
 
 from fedtl import seeding
+from fedtl.clients.blocks import run_blocks
 from fedtl.clients.evaluation import Right, evaluate_clients, evaluate_heads, evaluate_own
+from fedtl.clients.networks import JUDGED_THROUGH, head_of, network
 from fedtl.clients.training import train_clients
 from fedtl.evaluation.answers import Answers
 from fedtl.evaluation.metrics import PerClient, defined, overall, per_client
 from fedtl.evaluation.pooled import fit_pooled, train_pooled
 from fedtl.plans import RoundPlan
-from fedtl.types import ClientMetrics, Head, Int64, LocalTraining, Population, join_metrics
+from fedtl.types import (
+    ClientMetrics,
+    Float32,
+    Head,
+    Int64,
+    LocalTraining,
+    Population,
+    Rows,
+    join_metrics,
+)
 
 HEADS_AT_A_TIME = 256
 """Local heads held in memory together: 256 heads of 512 x 10 are 5 MB."""
@@ -268,6 +279,7 @@ def _squares(head: Head) -> float:
 
 def judge_shared(judge: Judge, head: Head) -> Judgement:
     """One head that all clients share: on each client's own test examples and on everybody's."""
+    judge, head = past_network(judge, head)
     answers: tuple[Right, Right] = ([], [])
     own = evaluate_clients(
         judge.population,
@@ -279,6 +291,68 @@ def judge_shared(judge: Judge, head: Head) -> Judgement:
     )
     shared = judge.on_everyone({name: tensor[None] for name, tensor in head.items()}, answers[1])
     return judged(own, for_each(shared, judge.clients), len(judge.everyone), Answers.of(*answers))
+
+
+def past_network(judge: Judge, head: Head) -> tuple[Judge, Head]:
+    """The judge on what a head's network behind the cut makes of all tests, and the head alone.
+
+    Every test row passes once, whatever it is judged for then: at home, among everybody's, for
+    calibration. Rows pass in slices of one client's own, as at the client itself, so that results
+    depend on no number of threads. Without a network both stay as they are.
+    """
+    population = judge.population
+    if population.tail is None:
+        return judge, head
+    import torch
+
+    from fedtl.clients.batched import one_torch_thread
+
+    own = tests_of(judge)
+    others = np.setdiff1d(judge.everyone, np.concatenate([judge.everyone[:0], *own]))
+    slices = [
+        rows[low : low + JUDGED_THROUGH]
+        for rows in (*own, others)
+        for low in range(0, len(rows), JUDGED_THROUGH)
+    ]
+    tests = np.unique(np.concatenate([judge.everyone, *own]))
+    features = np.empty((len(tests), population.tail.width), np.float32)
+    tensors = {name: torch.tensor(own, device=judge.device) for name, own in head.items()}
+
+    def work(first: int, stop: int) -> None:
+        torch.set_num_threads(1)
+        with network(population.tail) as through, torch.no_grad():
+            for rows in slices[first:stop]:
+                x = torch.from_numpy(population.features[rows].astype(np.float32))
+                made = through(tensors, x.to(judge.device)).cpu().numpy()
+                features[np.searchsorted(tests, rows)] = made
+
+    with one_torch_thread():
+        run_blocks(work, len(slices), threads=judge.threads if judge.device == "cpu" else 1)
+    return moved(judge, tests, features), head_of(head)
+
+
+def tests_of(judge: Judge) -> list[Int64]:
+    """Each judged client's test rows."""
+    return [judge.population.test.of(client) for client in judge.clients.tolist()]
+
+
+def moved(judge: Judge, rows: Int64, features: Float32) -> Judge:
+    """The judge over other features of only the given rows (sorted), with nothing to train on."""
+    population = judge.population
+    tests = tests_of(judge)
+    sizes = np.zeros(population.num_clients, np.int64)
+    sizes[judge.clients] = [len(own) for own in tests]
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    index = np.searchsorted(rows, np.concatenate([np.empty(0, np.int64), *tests]))
+    moved: Population = replace(
+        population,
+        features=features,
+        labels=population.labels[rows],
+        train=Rows(np.empty(0, np.int64), np.zeros_like(ends)),
+        test=Rows(index, ends),
+        tail=None,
+    )
+    return replace(judge, population=moved, everyone=np.searchsorted(rows, judge.everyone))
 
 
 def for_each(shared: ClientMetrics, clients: Int64) -> ClientMetrics:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,11 +18,12 @@ import numpy as np
 from fedtl import seeding
 from fedtl.data.examples import Images
 from fedtl.evaluation.metrics import defined
-from fedtl.evaluation.references import Judge, Judgement, judge_shared
+from fedtl.evaluation.references import Judge, Judgement, judge_shared, moved, tests_of
 from fedtl.scenario import schema
 from fedtl.transfer.backbones import Backbone, open_backbone
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.heads import initial_head
-from fedtl.types import Float32, Head, Int64, Population, Rows
+from fedtl.types import Float32, Head, Int64
 
 if TYPE_CHECKING:
     import torch
@@ -66,47 +67,23 @@ def judge_scratch(judge: Judge, order: Order, check: Callable[[], None]) -> Judg
     Args:
         check: called before every batch; may raise to stop.
     """
-    import torch
-
     from fedtl.clients.batched import one_torch_thread
 
     section = order.backbone.model_copy(
         update={"weights": "none", "sha256": None, "image_size": order.image_size}
     )
     population = judge.population
-    with one_torch_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.key(order.seed, "from_scratch"))  # of dropout
+    with one_torch_thread(), seeded(seeding.key(order.seed, "from_scratch")):  # of dropout
         backbone = open_backbone(section, order.seed)
         network = _Network(order, backbone, len(population.classes), judge.device)
         rows = np.sort(population.train.index)
         loss = network.train(rows, population.labels, check)
-        tests = np.unique(
-            np.concatenate([judge.everyone, *map(population.test.of, judge.clients.tolist())])
-        )
+        tests = np.unique(np.concatenate([judge.everyone, *tests_of(judge)]))
         features = network.features(tests, check)
         head = network.fitted_head()
-    judgement = judge_shared(_moved(judge, tests, features), head)
+    judgement = judge_shared(moved(judge, tests, features), head)
     judgement.facts.update(epochs=len(order.rates), train_loss=defined(loss))
     return judgement
-
-
-def _moved(judge: Judge, rows: Int64, features: Float32) -> Judge:
-    """The judge over other features of only the given rows (sorted), with nothing to train on."""
-    population = judge.population
-    tests = [population.test.of(client) for client in judge.clients.tolist()]
-    sizes = np.zeros(population.num_clients, np.int64)
-    sizes[judge.clients] = [len(own) for own in tests]
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    index = np.searchsorted(rows, np.concatenate([np.empty(0, np.int64), *tests]))
-    moved: Population = replace(
-        population,
-        features=features,
-        labels=population.labels[rows],
-        train=Rows(np.empty(0, np.int64), np.zeros_like(ends)),
-        test=Rows(index, ends),
-        tail=None,
-    )
-    return replace(judge, population=moved, everyone=np.searchsorted(rows, judge.everyone))
 
 
 class _Network:

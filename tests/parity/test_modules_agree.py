@@ -1,4 +1,4 @@
-"""Low-rank and other modules: one answer whatever the threads, blocks, or an interruption."""
+"""Low-rank and other modules, a warm-up: one answer whatever threads, blocks, interruptions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fedtl.scenario.load import dump_scenario, validate
 MODES = {
     "flora": {"mode": "lora", "rank": 2, "aggregation": "flora"},
     "adapter": {"mode": "adapter", "width": 2},
+    "warm-up": {"mode": "last_blocks", "warmup_rounds": 2},
 }
 
 
