@@ -20,25 +20,33 @@ import numpy as np
 import fedtl
 
 SCENARIO = Path(__file__).parent.parent / "scenarios" / "pacs-domains.toml"
+EPOCHS = 5
+"""Of a round, in ``SCENARIO``."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "as they are": {},
-    **{f"{k} views": {"views": k} for k in (2, 4, 8)},
-    **{f"noise {s}": {"noise": s} for s in (0.1, 0.3, 1.0)},
+    **{f"{k} views": {"augmentation": {"views": k}} for k in (2, 4, 8)},
+    # as many examples in a round as with the views, so that what is left is the views' own
     **{
-        f"4 views, {kind} alone": {"views": 4, "kinds": [kind]}
+        f"1 view, {k * EPOCHS} epochs": {"training": {"local_epochs": k * EPOCHS}}
+        for k in (2, 4, 8)
+    },
+    **{f"noise {s}": {"augmentation": {"noise": s}} for s in (0.1, 0.3, 1.0)},
+    **{
+        f"4 views, {kind} alone": {"augmentation": {"views": 4, "kinds": [kind]}}
         for kind in ("flip", "crop", "colour", "randaugment")
     },
 }
 
 
-def measure(augmentation: dict[str, Any], shots: int, seed: int, out: Path) -> dict[str, float]:
+def measure(setting: dict[str, Any], shots: int, seed: int, out: Path) -> dict[str, float]:
     """One run: accuracies, and what it cost beside what was in the store."""
     run = fedtl.run(
         SCENARIO,
         out=out,
         seed=seed,
         data={"shots": shots},
-        augmentation=augmentation,
+        **setting,
         evaluation={"references": []},
         report={"examples": 0},
     )
@@ -65,8 +73,8 @@ def main() -> None:
     for seed in range(1, asked.seeds + 1):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["FEDTL_CACHE"] = f"{folder}/cache"
-            for i, (name, augmentation) in enumerate(SETTINGS.items()):
-                one = measure(augmentation, asked.shots, seed, Path(folder) / str(i))
+            for i, (name, setting) in enumerate(SETTINGS.items()):
+                one = measure(setting, asked.shots, seed, Path(folder) / str(i))
                 found[name].append(one)
                 print(json.dumps({"seed": seed, "setting": name, **one}), flush=True)
                 asked.out.write_text(json.dumps(found, indent=1))

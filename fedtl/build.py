@@ -309,7 +309,7 @@ def _attack(scenario: Scenario, population: Population, lying: Int64) -> list[st
     shown = ", ".join(population.names[client] for client in lying[:5].tolist())
     more = f" and {len(lying) - 5} more" if len(lying) > 5 else ""
     kind, does = scenario.attack.kind, "lies" if len(lying) == 1 else "lie"
-    spared = kind in UPDATE_ATTACKS and scenario.head.initial == "fed3r"
+    spared = kind in UPDATE_ATTACKS and scenario.head.from_statistics
     when = "every round but the first, which sums statistics" if spared else "every round"
     return [f"attack {kind}: {shown}{more} {does} in {when}"]
 

@@ -38,6 +38,7 @@ from fedtl.rounds import Federation, run_rounds
 from fedtl.spending import BudgetSpent
 from fedtl.strategies import last_notes
 from fedtl.strategies.class_gate import kept_back
+from fedtl.strategies.warm_start import start_of
 from fedtl.types import ClientUpdates, Head, Int64, Tail
 
 
@@ -69,12 +70,14 @@ class Outcome:
         personal: what each client makes of it for itself, or None.
         rounds: how many there were.
         privacy: what the summary says of it.
+        start: where training began, if a round made it of statistics; else the federation's head.
     """
 
     head: Head
     personal: Personal | None
     rounds: int
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    start: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def conduct(
             federation.scenario, federation.strategy, state, len(federation.roster.classes)
         )
         card = privacy_card(federation, folder.path, state, done)
-        outcome = Outcome(state.result, own, done.round, card)
+        outcome = Outcome(state.result, own, done.round, card, start_of(state))
         summary = _conclude(
             prepared, folder, observer, interrupts, outcome, done, started, start_seconds, meter
         )

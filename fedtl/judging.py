@@ -22,7 +22,13 @@ from fedtl.evaluation.personalised import forgotten, judge_personalised
 from fedtl.evaluation.references import Judge, Judgement
 from fedtl.evaluation.ridge import fit_ridge
 from fedtl.evaluation.scratch import Order, judge_scratch
-from fedtl.planning import judged_clients, liars_of, local_training, scratch_rates
+from fedtl.planning import (
+    judged_clients,
+    liars_of,
+    local_training,
+    scratch_rates,
+    training_at_end,
+)
 from fedtl.plans import Personal
 from fedtl.ready_features import allowed_threads
 from fedtl.scenario.head_rules import regularised
@@ -161,7 +167,7 @@ class _Judging:
             place,
             self.outcome.head,
             personal,
-            local_training(scenario, 1),  # a schedule may have ended near zero
+            training_at_end(scenario),
             self.outcome.rounds,
             scenario.seed,
             self.of.store,
@@ -198,7 +204,7 @@ class _Judging:
             tuned.facts["forgetting"] = forgotten(federated, tuned)
             return tuned
         if name == "start":
-            return references.judge_shared(place, head)
+            return references.judge_shared(place, self.outcome.start or head)
         if name == "from_scratch":
             return judge_scratch(place, self._order(), self.check)
         if name == "ridge":
@@ -247,9 +253,10 @@ class _Judging:
         if not self.whole:
             return None
         self.check()
+        place, head = references.past_network(place, self.outcome.head)
         return calibrate(
             place.population,
-            self.outcome.head,
+            head,
             place.clients,
             place.everyone,
             self.of.built.federation.scenario.seed,

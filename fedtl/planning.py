@@ -90,6 +90,16 @@ def local_training(scenario: Scenario, round: int) -> LocalTraining:
     )
 
 
+def training_at_end(scenario: Scenario) -> LocalTraining:
+    """What a client does for itself after the last round, before ``plans.Personal`` has its say.
+
+    It trains all that the last round does, and at the first round's rate: a schedule may have ended
+    near zero, and a warm-up trains the head alone.
+    """
+    last = local_training(scenario, scenario.rounds)
+    return replace(last, learning_rate=scheduled_rate(scenario, 1))
+
+
 def personal_at_end(
     scenario: Scenario, strategy: Strategy, state: ServerState, num_classes: int
 ) -> Personal | None:

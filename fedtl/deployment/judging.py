@@ -24,7 +24,7 @@ from fedtl.evaluation.advice import Compared
 from fedtl.evaluation.personalised import last_plan
 from fedtl.evaluation.references import Judgement, for_each, judged
 from fedtl.evaluation.significance import Pairs
-from fedtl.planning import judged_clients, local_training
+from fedtl.planning import judged_clients, local_training, training_at_end
 from fedtl.plans import Personal, RoundPlan
 from fedtl.rounds import Federation
 from fedtl.types import ClientMetrics, Int64
@@ -91,7 +91,8 @@ class _Judging:
             if name in NOT_HERE:
                 self.note(NOT_HERE[name])
             elif name == "start":
-                found[name] = _shared(self.engine.evaluate(self.federation.head, own.clients))
+                start = self.outcome.start or self.federation.head
+                found[name] = _shared(self.engine.evaluate(start, own.clients))
             elif name == "local_only":
                 alone, names = self._alone(own.clients, "personal" in found)
                 if not len(alone.metrics.clients):
@@ -167,7 +168,7 @@ class _Judging:
 
     def _plan(self, personal: Personal, clients: Int64) -> RoundPlan:
         scenario = self.federation.scenario
-        training = local_training(scenario, 1)  # a schedule may have ended near zero
+        training = training_at_end(scenario)
         return last_plan(personal, training, self.outcome.rounds, scenario.seed, clients)
 
 

@@ -196,29 +196,6 @@ def _closed_form(scenario: Scenario) -> Iterator[Problem]:
             '"mlp"',
             '"linear"',
         )
-    if head.initial != "fed3r":
-        return
-    if head.kind == "mlp":
-        yield Problem(
-            "head.initial",
-            "the closed form is a linear head, and this one has hidden layers",
-            '"fed3r"',
-            '"zeros", or head.kind = "linear"',
-        )
-    if name in CLOSED_FORMS:
-        yield Problem(
-            "head.initial",
-            f'"{name}" starts from nothing: its head is a closed form already',
-            '"fed3r"',
-            '"zeros"',
-        )
-    if scenario.rounds == 1:
-        yield Problem(
-            "head.initial",
-            "round 1 makes the closed-form head, and no other follows to start from it",
-            '"fed3r"',
-            do='Set rounds to at least 2, or strategy.name = "fed3r"',
-        )
 
 
 def _compression(scenario: Scenario) -> Iterator[Problem]:

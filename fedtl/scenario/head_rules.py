@@ -61,13 +61,6 @@ def _kind(scenario: Scenario) -> Iterator[Problem]:
             kind,
             '"linear"',
         )
-    if head.initial == "fed3r":
-        yield Problem(
-            "head.initial",
-            f"the closed form is a linear head, and this one is {kind}",
-            '"fed3r"',
-            '"zeros", or head.kind = "linear"',
-        )
     if scenario.adaptation.adversarial:
         yield Problem(
             "adaptation.adversarial",
@@ -85,6 +78,38 @@ def _kind(scenario: Scenario) -> Iterator[Problem]:
             f'"{packs}"',
             '"none"',
             'Set head.kind = "mlp"',
+        )
+
+
+def _from_statistics(scenario: Scenario) -> Iterator[Problem]:
+    """A start that round 1 makes: of heads right on the features, for rounds that go on from it."""
+    head, name = scenario.head, scenario.strategy.name
+    if not head.from_statistics:
+        return
+    got, ridge = f'"{head.initial}"', head.initial == "fed3r"
+    if head.kind == "mlp" or (ridge and head.kind in CURVED):
+        what = "the closed form is a linear head" if ridge else "the means are of the features"
+        own = "has hidden layers" if head.kind == "mlp" else f'is "{head.kind}"'
+        yield Problem(
+            "head.initial",
+            f"{what}, and this {'one' if ridge else 'head'} {own}",
+            got,
+            '"zeros", or head.kind = "linear"',
+        )
+    if name in CLOSED_FORMS:
+        yield Problem(
+            "head.initial",
+            f'"{name}" starts from nothing: its head is a closed form already',
+            got,
+            '"zeros"',
+        )
+    if scenario.rounds == 1:
+        alone = "fed3r" if ridge else "fedncm"
+        yield Problem(
+            "head.initial",
+            "round 1 makes the closed-form head, and no other follows to start from it",
+            got,
+            do=f'Set rounds to at least 2, or strategy.name = "{alone}"',
         )
 
 
@@ -155,6 +180,7 @@ def _early_stopping(scenario: Scenario) -> Iterator[Problem]:
 
 HEAD_RULES: tuple[Callable[[Scenario], Iterator[Problem]], ...] = (
     _kind,
+    _from_statistics,
     _regularised,
     _early_stopping,
 )

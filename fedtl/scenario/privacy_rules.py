@@ -141,11 +141,11 @@ def _strategy(scenario: Scenario) -> Iterator[Problem]:
             "it has clients also send their loss, which no noise covers",
             f'"{getattr(scenario.strategy, "class_", "")}"',
         )
-    if asked.mechanism != "none" and scenario.head.initial == "fed3r":
+    if asked.mechanism != "none" and scenario.head.from_statistics:
         yield Problem(
             "head.initial",
             "its first round sends statistics, which this mechanism does not cover",
-            '"fed3r"',
+            f'"{scenario.head.initial}"',
             '"zeros"',
         )
 
@@ -286,7 +286,7 @@ def _gate(scenario: Scenario) -> Iterator[Problem]:
     """The gate on classes stands before statistics."""
     least = scenario.privacy.min_class_examples
     if least > 1 and scenario.strategy.name not in CLOSED_FORMS:
-        if scenario.head.initial == "fed3r":
+        if scenario.head.from_statistics:
             return
         yield Problem(
             "privacy.min_class_examples",

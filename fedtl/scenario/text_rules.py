@@ -100,7 +100,7 @@ def zero_shot(scenario: Scenario) -> Iterator[Problem]:
             "head.initial",
             '"names" embeds the names of the classes, and only a trunk that reads texts can',
             '"names"',
-            f'"zeros", "fed3r", or backbone.name = "{TRUNK}"',
+            f'"zeros", "fed3r", "class_means", or backbone.name = "{TRUNK}"',
         )
     if head.kind not in ("linear", "cosine"):
         yield Problem(

@@ -12,6 +12,9 @@ from pydantic import Field
 
 from fedtl.scenario.sections import Count, FilePath, NonNegative, Positive, Section, Width
 
+FROM_STATISTICS = ("fed3r", "class_means")
+"""Values of ``head.initial`` for which round 1 makes the start, from sums of everybody's rows."""
+
 
 class Backbone(Section):
     """The frozen trunk and how its features are made and stored."""
@@ -92,10 +95,11 @@ class Head(Section):
         description="cosine, prototype: where the trained scale begins; default 16 for cosine, and "
         "for prototype half the width of what enters it, as of a Gaussian of variance 1",
     )
-    initial: Literal["zeros", "fed3r", "names"] = Field(
+    initial: Literal["zeros", "fed3r", "class_means", "names"] = Field(
         "zeros",
-        description="fed3r: round 1 makes a closed-form head to start from; names: zero-shot, the "
-        "embeddings of the classes' names by a trunk that reads text",
+        description="fed3r, class_means: round 1 makes a closed-form head to start from, the "
+        "second of everybody's class means; names: zero-shot, the embeddings of the classes' names "
+        "by a trunk that reads text",
     )
     names: list[Annotated[str, Field(min_length=1, max_length=500)]] = Field(
         default_factory=list,
@@ -105,6 +109,11 @@ class Head(Section):
     prompt: Annotated[str, Field(min_length=2, max_length=500)] = Field(
         "{}", description="initial = names: the text that a class's name is put into"
     )
+
+    @property
+    def from_statistics(self) -> bool:
+        """Whether round 1 makes the start."""
+        return self.initial in FROM_STATISTICS
 
 
 class Augmentation(Section):

@@ -136,11 +136,11 @@ def _plain_features(scenario: Scenario) -> Iterator[Problem]:
             f'"{name}"',
             do=head_only,
         )
-    if scenario.head.initial == "fed3r":
+    if scenario.head.from_statistics:
         yield Problem(
             "head.initial",
             "the closed-form start is for features that stay as they are",
-            '"fed3r"',
+            f'"{scenario.head.initial}"',
             '"zeros"',
             head_only,
         )

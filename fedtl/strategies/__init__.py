@@ -44,7 +44,7 @@ from fedtl.strategies.robust import (
     NormClip,
     TrimmedMean,
 )
-from fedtl.strategies.warm_start import WarmStart
+from fedtl.strategies.warm_start import started_from
 from fedtl.types import Head, Int64, Roster
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
@@ -110,7 +110,7 @@ def notes_of(scenario: Scenario, roster: Roster, head: Head, *, real: bool = Fal
     section = scenario.strategy
     note = degenerate(section.name, scenario.head.kind, scenario.transfer.mode)
     notes = [note] if note else []
-    if scenario.head.initial == "fed3r" and section.name in ROBUST:
+    if scenario.head.from_statistics and section.name in ROBUST:
         notes.append(
             "the closed-form start of round 1 is a plain sum: the robust rule guards what comes "
             "after it"
@@ -194,7 +194,7 @@ def tasks_of(scenario: Scenario) -> list[str]:
     tasks = ["gradient" if name == "lbfgs" else "train"]
     if name in CLOSED_FORMS:
         tasks = ["statistics"]
-    if scenario.head.initial == "fed3r":
+    if scenario.head.from_statistics:
         tasks.insert(0, "statistics")
     if name == "mime":
         tasks.append("gradient")
@@ -231,7 +231,7 @@ def make_strategy(scenario: Scenario, names: Sequence[str]) -> Strategy:
         strategy = Stacking(strategy, transfer.alpha / transfer.rank, scenario.seed)
     if scenario.transfer.batch_norm == "local":
         strategy = LocalNorms(strategy)
-    return WarmStart(Fed3R(), strategy) if scenario.head.initial == "fed3r" else strategy
+    return started_from(scenario.head, strategy)
 
 
 def protected(

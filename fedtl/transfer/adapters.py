@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fedtl import seeding
 from fedtl.errors import InputError
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.low_rank import chosen, weights
 from fedtl.types import TAIL
 
@@ -49,7 +50,8 @@ class Bottleneck(nn.Module):
         more: tuple[int, ...] = ()
         if not isinstance(layer, nn.Linear):
             kind, more = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3], (1,)
-        self.down, self.up = kind(out, width, *more), kind(width, out, *more)
+        with seeded(key):  # or torch's own start would come out of what others draw
+            self.down, self.up = kind(out, width, *more), kind(width, out, *more)
         stream, bound = seeding.generator(key, "adapter"), out**-0.5
         for own in (self.down.weight, self.down.bias):
             drawn = stream.uniform(-bound, bound, tuple(own.shape)).astype("float32")

@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fedtl.transfer.drawing import seeded
+
 
 class TextTrunk(nn.Module):
     """A transformer, and how its last hidden states become one vector.
@@ -68,6 +70,5 @@ def encoder(config: Mapping[str, Any], key: int) -> nn.Module:
     made._attn_implementation = "eager"
     known = type(made) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
     loader: Any = transformers.AutoModelForTextEncoding if known else transformers.AutoModel
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key % 2**63)
+    with seeded(key):
         return cast(nn.Module, loader.from_config(made, trust_remote_code=False))

@@ -20,6 +20,7 @@ from fedtl.errors import FedtlError, InputError, nearest
 from fedtl.scenario import schema
 from fedtl.transfer import weights
 from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.preprocessing import Preprocessing, plain
 
 if TYPE_CHECKING:
@@ -105,14 +106,12 @@ def build_bare(facts: Mapping[str, Any], preprocessing: Preprocessing) -> nn.Mod
     Raises:
         InputError: code that is not there, that fails, or that makes no module.
     """
-    import torch
     from torch import nn
 
     from fedtl.transfer.trunks import Trunk
 
     kind, model = facts["kind"], facts["model"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(facts["key"])
+    with seeded(facts["key"]):
         body = _made(kind, Path(facts["folder"]), model)
     if not isinstance(body, nn.Module):
         raise InputError(

@@ -14,6 +14,7 @@ from fedtl.errors import EnvironmentFault, InputError, nearest
 from fedtl.scenario import schema
 from fedtl.transfer import weights
 from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.preprocessing import Interpolation, Preprocessing
 
 if TYPE_CHECKING:
@@ -91,17 +92,14 @@ def build_timm(
     Raises:
         InputError: the weights are another model's, or it cannot take images of this size.
     """
-    import torch
-
     from fedtl.transfer import trunks
 
     timm = import_timm()
     facts = timm.get_pretrained_cfg(name)
     # Only these are built for one size of image: what they learnt belongs to its places.
     sized = {"img_size": preprocessing.crop} if facts.fixed_input_size else {}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(key), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's own, on names that moved
-        torch.manual_seed(key)
         try:
             model = timm.create_model(name, pretrained=False, num_classes=0, **sized)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtl.errors import InputError, nearest
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.preprocessing import Preprocessing
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # training-time heads of GoogLeNet and Inception
@@ -112,8 +113,7 @@ def build_efficientnet_lite0(
     """EfficientNet-lite0 with the weights ``state``, or random ones from ``seed``."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         # The image size fixes the padding, so that the model can be exported.
         model = EfficientNet.from_name("efficientnet-lite0", image_size=preprocessing.crop)
     if state is not None:
@@ -144,9 +144,8 @@ def build_torchvision(
 
     special = {"transform_input": True, "aux_logits": False, "init_weights": state is None}
     options = special if name in ("googlenet", "inception_v3") else {}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet on its own initialisation
-        torch.manual_seed(seed)
         model = models.get_model(name, weights=None, **options)
     head = last_layer(model)
     if state is not None:

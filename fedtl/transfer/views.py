@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -26,6 +25,7 @@ from fedtl import seeding
 from fedtl.data.clients import ClientSplit
 from fedtl.data.examples import Examples, Images, Pixels, content_hash
 from fedtl.scenario.schema import Augmentation, Scenario
+from fedtl.transfer.drawing import seeded
 from fedtl.transfer.features import StoredFeatures
 from fedtl.transfer.pipeline import hash_pixels
 from fedtl.types import Int64, Rows
@@ -42,9 +42,6 @@ a small picture would be gone, and a frozen trunk cannot learn to fill it in."""
 
 COLOUR = 0.4
 """Brightness, contrast and saturation change by at most this share; hue by a quarter of it."""
-
-_DRAWING = threading.Lock()
-"""torchvision draws from torch's one generator of the process."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,7 @@ class Recipe:
         content = int.from_bytes(hash_pixels(pixels).tobytes(), "little")
         key = seeding.key(self.seed, "view", content, number)
         image = torch.from_numpy(np.array(pixels.transpose(2, 0, 1)))
-        with _DRAWING, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key >> 1)  # which takes 63 bits
+        with seeded(key >> 1):
             for kind in self.kinds:
                 image = _transform(kind, image.shape[1], image.shape[2])(image)
         return np.ascontiguousarray(image.numpy().transpose(1, 2, 0))

@@ -46,6 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
         f"{name}, warm start": {"strategy": {"name": name}, "head": {"initial": "fed3r"}}
         for name in ("fedavg", "scaffold")
     },
+    "fedavg, class means, warm start": {
+        "strategy": {"name": "fedavg"}, "head": {"initial": "class_means"},
+    },
     "flower FedAvg": {"strategy": {"name": "flower", "class": "FedAvg"}},
     "flower FedAdam": {"strategy": {"name": "flower", "class": "FedAdam"}},
     "flower Krum": {

@@ -96,7 +96,8 @@ TRAVELLING: dict[str, dict[str, Any]] = {
         "clients": HALF, "compression": {"kind": "top_k", "fraction": 0.1}, "rounds": 4,
     },
     "statistics first, then updates": {
-        "strategy": {"name": "fedavgm"}, "head": {"initial": "fed3r"},
+        "strategy": {"name": "fedavgm"},
+        "head": {"kind": "prototype", "initial": "class_means"},
     },
     "a strategy of Flower's": {
         "strategy": {

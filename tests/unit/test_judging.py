@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fedtl import run as start_run
+
 SCENARIO = """name = "known"
 seed = 3
 rounds = 6
@@ -162,6 +164,23 @@ def test_every_kind_of_head_is_compared(fedtl, tmp_path: Path, strategy: str, to
         more = own["personal_beats_local_only"] - own["personal_loses_to_local_only"]
         wanted = own["personal_accuracy"] - own["local_only_accuracy"]
         np.testing.assert_allclose(more / own["examples"], wanted, atol=1e-12)
+
+
+def test_a_start_of_secretly_summed_class_means_is_judged(tmp_path: Path) -> None:
+    write(tmp_path, [60, 20, 90])
+    done = start_run(
+        tmp_path / "known.toml",
+        out=tmp_path / "out",
+        head={"kind": "prototype", "initial": "class_means"},
+        privacy={"secure_aggregation": "arithmetic"},
+        training={"learning_rate": 1.0},
+        evaluation={"references": ["start"]},
+    )
+    found = json.loads((done.path / "summary.json").read_text())
+    rounds = pd.read_parquet(done.path / "rounds.parquet")
+    start = found["references"]["start"]
+    assert start["accuracy"] == pytest.approx(rounds["accuracy"][0]) != found["final"]["accuracy"]
+    assert start["accuracy"] > 0.8
 
 
 def test_the_bootstrap_is_seeded_and_gives_the_same_words(fedtl, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtl.engines.protected import flaw_of
-from fedtl.planning import local_training
+from fedtl.planning import local_training, training_at_end
 from fedtl.plans import RoundPlan
 from fedtl.scenario.schema import Scenario
 from fedtl.types import TAIL, LocalTraining
@@ -33,6 +33,17 @@ def test_the_head_warms_up_then_blocks_open_from_the_back() -> None:
     assert opened(warmup_rounds=2) == [shut] * 2 + [all_open] * 5
     opening = [((), n) for n in (1, 1, 2, 2, 3)]
     assert opened(warmup_rounds=2, unfreeze_every=2) == [shut] * 2 + opening
+
+
+def test_after_the_last_round_clients_train_what_was_open_then_at_the_first_rate() -> None:
+    asked = scenario(mode="last_blocks", warmup_rounds=2, unfreeze_every=2)
+    asked = asked.model_copy(update={"rounds": 5})
+    training = asked.training.model_copy(update={"schedule": "cosine"})
+    asked = asked.model_copy(update={"training": training})
+    first, last, end = local_training(asked, 1), local_training(asked, 5), training_at_end(asked)
+    assert first.learning_rate > last.learning_rate
+    assert end == replace(last, learning_rate=first.learning_rate)
+    assert (end.still, end.unfrozen) == ((), 2)
 
 
 def test_rates_and_pulls_are_those_behind_the_cut() -> None:

@@ -12,6 +12,7 @@ from fedtl.scenario.compatibility import (
     least_clients,
 )
 from fedtl.scenario.schema import Scenario
+from fedtl.scenario.transfer import FROM_STATISTICS
 
 
 def scenario(**tables) -> Scenario:
@@ -135,14 +136,18 @@ def test_closed_forms_have_no_hidden_layers(name: str) -> None:
     assert conflicts(head={"kind": "mlp"}) == {}
 
 
-def test_a_closed_form_is_handed_over_only_to_linear_iterative_heads_with_a_second_round() -> None:
-    start = {"initial": "fed3r"}
+@pytest.mark.parametrize("initial", FROM_STATISTICS)
+def test_a_closed_form_is_handed_over_only_to_plain_iterative_heads_with_a_second_round(
+    initial: str,
+) -> None:
+    start = {"initial": initial}
     assert conflicts(head=start) == conflicts(head=start, rounds=2) == {}
     assert list(conflicts(head={**start, "kind": "mlp"})) == ["head.initial"]
     assert list(conflicts(head=start, rounds=1)) == ["head.initial"]
     for name in CLOSED_FORMS:
         found = conflicts(head=start, strategy=rule(name))
         assert "its head is a closed form already" in found["head.initial"]
+        assert f'got "{initial}"' in found["head.initial"]
 
 
 @pytest.mark.parametrize("name", [*CLOSED_FORMS, "lbfgs", "flower", "mime"])

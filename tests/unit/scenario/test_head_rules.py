@@ -78,6 +78,10 @@ def test_the_rest() -> None:
     assert "head.scale" not in found(head={"kind": "cosine", "scale": 3.0})
     started = found(head={"kind": "cosine", "initial": "fed3r"})
     assert "closed form is a linear head" in started["head.initial"]
+    for kind in ("linear", "cosine", "prototype"):
+        assert "head.initial" not in found(head={"kind": kind, "initial": "class_means"})
+    hidden = found(head={"kind": "mlp", "initial": "class_means"})
+    assert "means are of the features" in hidden["head.initial"]
     assert "adaptation.adversarial" in found(
         head={"kind": "prototype"}, adaptation={"adversarial": 0.1}
     )

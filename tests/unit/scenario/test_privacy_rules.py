@@ -13,6 +13,7 @@ from fedtl.scenario.compatibility import check_cohort, find_conflicts
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.secure_rules import NEEDS_SINGLE
 from fedtl.scenario.strategies import CLOSED_FORMS
+from fedtl.scenario.transfer import FROM_STATISTICS
 
 NAMES = sorted(
     name
@@ -255,11 +256,12 @@ def test_secure_sums() -> None:
     assert not conflicts(privacy=own, compression={"kind": "int8"})
 
 
+@pytest.mark.parametrize("initial", FROM_STATISTICS)
 @pytest.mark.parametrize("mechanism", ["central", "local", "example"])
-def test_a_warm_start_is_not_covered(mechanism: str) -> None:
-    own = {"mechanism": mechanism, "epsilon": 1.0}
-    one("first round sends statistics", "head.initial", privacy=own, head={"initial": "fed3r"})
-    assert not conflicts(privacy={"secure_aggregation": "secagg"}, head={"initial": "fed3r"})
+def test_a_warm_start_is_not_covered(mechanism: str, initial: str) -> None:
+    own, head = {"mechanism": mechanism, "epsilon": 1.0}, {"initial": initial}
+    one("first round sends statistics", "head.initial", privacy=own, head=head)
+    assert not conflicts(privacy={"secure_aggregation": "secagg"}, head=head)
 
 
 def test_example_level_is_for_linear_heads_and_independent_rows() -> None:
@@ -303,7 +305,8 @@ def test_the_gate_stands_before_statistics() -> None:
     gate = {"min_class_examples": 3}
     one('clients of "fedavg" send none', "privacy.min_class_examples", privacy=gate)
     assert not conflicts(privacy=gate, strategy={"name": "fedncm"})
-    assert not conflicts(privacy=gate, head={"initial": "fed3r"})
+    for initial in FROM_STATISTICS:
+        assert not conflicts(privacy=gate, head={"initial": initial})
     released = {"mechanism": "release", "epsilon": 1.0, **gate}
     rest = {"strategy": {"name": "fed3r"}, "rounds": 1}
     one("bring its whole class in or out", "privacy.min_class_examples", privacy=released, **rest)

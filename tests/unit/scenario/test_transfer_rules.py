@@ -44,6 +44,7 @@ def test_what_needs_plain_features_is_refused(name: str) -> None:
     ("section", "content", "key"),
     [
         ("head", {"initial": "fed3r"}, "head.initial"),
+        ("head", {"initial": "class_means", "kind": "prototype"}, "head.initial"),
         ("evaluation", {"references": ["ridge"]}, "evaluation.references"),
         ("privacy", {"mechanism": "example", "epsilon": 8.0}, "privacy.mechanism"),
         ("privacy", {"canaries": 10}, "privacy.canaries"),

@@ -27,6 +27,7 @@ from fedtl.plans import RoundPlan, Statistics
 from fedtl.results.runs import RunFolder
 from fedtl.rounds import Federation, run_rounds
 from fedtl.strategies.base import ServerState, personal_of
+from fedtl.strategies.warm_start import start_of
 from fedtl.types import ClientMetrics
 
 NAMES = ("north", "east", "west")
@@ -124,6 +125,7 @@ def test_who_joined_for_statistics_does_not_train(together: Callable[..., Any]) 
 
 
 MLP = {"kind": "mlp", "hidden": [4]}
+MEANS = {"kind": "prototype", "initial": "class_means"}
 HIDDEN = {"hidden.0.weight", "hidden.0.bias"}
 
 
@@ -172,7 +174,7 @@ def rows(tensors: dict[str, np.ndarray]) -> list[bytes]:
     return [row.tobytes() for tensor in tensors.values() for row in np.atleast_2d(tensor)]
 
 
-COMPARED = {"references": ["local_only", "fine_tuned", "centralised", "best_client"]}
+COMPARED = {"references": ["local_only", "fine_tuned", "centralised", "best_client", "start"]}
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,7 @@ COMPARED = {"references": ["local_only", "fine_tuned", "centralised", "best_clie
         ({"name": "fed3r"}, {"kind": "linear"}, {"federated", "fine_tuned"}),
         ({"name": "personal_ridge"}, {"kind": "linear"}, {"federated", "fine_tuned", "personal"}),
         ({"name": "fedper"}, MLP, {"federated", "personal"}),
+        ({"name": "fedavg"}, MEANS, {"federated", "fine_tuned"}),
     ],
 )
 def test_the_clients_count_the_pairs_that_a_simulation_counts(
@@ -194,7 +197,7 @@ def test_the_clients_count_the_pairs_that_a_simulation_counts(
     state = trained(real, tmp_path / "real")
     same_state(state, trained(built.federation, tmp_path / "run"))
     personal = personal_of(built.federation.strategy, state)
-    outcome = Outcome(state.result, personal, 3)
+    outcome = Outcome(state.result, personal, 3, start=start_of(state))
     told: list[str] = []
     there = judge_remotely(real, engine, told.append)(outcome, print, lambda: None)
     here = Judging(built, 1, store)(outcome, print, lambda: None)
