@@ -21,6 +21,19 @@ Join = Annotated[
 DataPath = Annotated[
     Path, typer.Option("--data", metavar="PATH", help="A folder of class folders, .npz or table.")
 ]
+Label = Annotated[
+    str | None,
+    typer.Option(
+        "--label",
+        metavar="COLUMN",
+        help="The only column that may be the class; of recordings the pattern of file names, or "
+        "'folders'. Another scenario is refused before a value is read.",
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option("--columns", metavar="A,B,...", help="The only columns that may be read besides."),
+]
 Folder = Annotated[Path, typer.Option("--folder", help="Where this client's keys and logs are.")]
 Careless = Annotated[
     bool,
@@ -58,11 +71,14 @@ def check(
     join: Join,
     data: DataPath,
     name: Name = None,
+    label: Label = None,
+    columns: Columns = None,
     folder: Folder = Path(),
     careless: Careless = False,
     as_json: AsJson = False,
 ) -> None:
     """Look whether this client is ready. Sends no image and no label anywhere."""
+    from fedtl.deployment.consent import typed_consent
     from fedtl.deployment.keys import PRIVATE, check_name, only_name
     from fedtl.deployment.preflight import examine_client
     from fedtl.listings import print_findings
@@ -70,7 +86,8 @@ def check(
 
     name = only_name(folder) if name is None else check_name(name)
     key = folder / (name + PRIVATE)
-    flight = examine_client(join, key, data, insecure_permissions=careless)
+    consent = typed_consent(label, columns)
+    flight = examine_client(join, key, data, insecure_permissions=careless, consent=consent)
     verdict = flight.verdict()
     if as_json:
         findings = [finding.__dict__ for finding in flight.findings]
@@ -86,7 +103,8 @@ def check(
     if not as_json:
         here = [] if folder == Path() else ["--folder", str(folder)]
         here += ["--insecure-key-permissions"] if careless else []
-        start = ["--join", str(join), "--name", name, "--data", str(data), *here]
+        own = ["--name", name, "--data", str(data), *consent.options()]
+        start = ["--join", str(join), *own, *here]
         typer.echo(f"ready. Next: fedtl client start {shlex.join(start)}")
 
 
@@ -95,6 +113,8 @@ def start(
     join: Join,
     data: DataPath,
     name: Name = None,
+    label: Label = None,
+    columns: Columns = None,
     folder: Folder = Path(),
     careless: Careless = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
@@ -109,6 +129,7 @@ def start(
     ] = None,
 ) -> None:
     """Take part: answer the server's requests until you stop it."""
+    from fedtl.deployment.consent import typed_consent
     from fedtl.deployment.keys import only_name
     from fedtl.deployment.taking_part import take_part
     from fedtl.interrupts import Interrupts
@@ -125,6 +146,7 @@ def start(
             interrupts,
             insecure_permissions=careless,
             demands=require or (),
+            consent=typed_consent(label, columns),
         )
 
 

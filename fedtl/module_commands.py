@@ -70,6 +70,7 @@ def _short(path: Path) -> str:
 def show(module: ModuleName, as_json: AsJson = False) -> None:
     """Show a module's card: what it fits, what it was trained on, what was measured."""
     from fedtl.modules import find_module
+    from fedtl.modules.trunk_of import next_step
     from fedtl.terminal import sentences, shown, size
 
     card = find_module(module)
@@ -99,9 +100,7 @@ def show(module: ModuleName, as_json: AsJson = False) -> None:
     console.print(f"\n[bold]{shown(str(card.path))}[/]", soft_wrap=True)
     console.print(sentences([(name, text[:1000]) for name, text in rows]))
     console.print("\nNext")
-    console.print(
-        f"  fedtl module apply {shown(str(card.path))} --data FOLDER  [dim]# on other data[/]"
-    )
+    console.print(f"  {shown(next_step(card, 'FOLDER'))}  [dim]# on other data[/]", soft_wrap=True)
 
 
 def _told(facts: Any, key: str) -> Mapping[str, Any]:
@@ -127,7 +126,11 @@ def apply(
     ],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="SCENARIO", help="Judge on what its clients are tested on."),
+        typer.Option(
+            "--to",
+            metavar="SCENARIO|RUN",
+            help="Its trunk; and without --data, what its clients are tested on.",
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="PATH", help="Judge on all that is there.")
@@ -145,26 +148,28 @@ def apply(
     from fedtl.errors import InputError
     from fedtl.interrupts import Interrupts
     from fedtl.modules import find_module
-    from fedtl.modules.applying import apply_modules, facts_of, scenario_of, write_predictions
+    from fedtl.modules.applying import apply_modules, facts_of, write_predictions
+    from fedtl.modules.trunk_of import given_trunk, scenario_of
     from fedtl.results.files import refuse_unwritable
-    from fedtl.scenario.load import load_scenario
     from fedtl.terminal import Terminal
 
-    if (to is None) == (data is None):
+    if to is None and data is None:
         raise InputError(
             "on which data?",
             where="fedtl module apply",
-            allowed="either --to SCENARIO or --data PATH",
+            allowed="--to SCENARIO, --data PATH, or both: the scenario's trunk, the path's data",
             do=f"Type 'fedtl module apply {modules[0]} --data FOLDER'",
         )
     if overrides and to is None:
         raise InputError("--set changes a scenario, and there is none", do="Give one with --to")
     refuse_unwritable(out)
     cards = [find_module(name) for name in modules]
+    given = None if to is None else given_trunk(to, overrides or ())
     if data is not None:
-        scenario = scenario_of(cards[0], data)
+        scenario = scenario_of(cards[0], data, given.backbone if given else None)
     else:
-        scenario = load_scenario(str(to), overrides or ())
+        assert given is not None
+        scenario = given
     console = console_for(as_json)
     with Interrupts() as interrupts, Terminal(console) as terminal:
 
@@ -172,7 +177,9 @@ def apply(
             terminal.extracting(done, total)
             interrupts.check("interrupted while examples went through the trunk")
 
-        found = apply_modules(cards, scenario, whole=to is None, predict=predict, progress=progress)
+        found = apply_modules(
+            cards, scenario, whole=data is not None, predict=predict, progress=progress
+        )
     if out is not None:
         write_predictions(found, out)
     facts = facts_of(found, predict)

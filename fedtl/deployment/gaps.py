@@ -22,7 +22,7 @@ from fedtl.deployment.gathering import Gathered, Gathering
 from fedtl.deployment.roll_call import RollCall
 from fedtl.deployment.server import OpenGrid, open_grid
 from fedtl.engines.base import Engine
-from fedtl.errors import EnvironmentFault, PolicyStop
+from fedtl.errors import EnvironmentFault, PolicyStop, times
 from fedtl.evaluation.client_sums import Sums
 from fedtl.evaluation.gap_words import expectation
 from fedtl.evaluation.gaps import from_statistics
@@ -165,7 +165,7 @@ def gap_facts(
     ]
     if lone:
         notes.append(
-            f"{lone} times a client has one example of a class: the sum of that class's features, "
+            f"{times(lone)} a client has one example of a class: the sum of that class's features, "
             "which it sent, is that example's features themselves"
         )
     found["notes"] = [*notes, *found["notes"], NOT_LOOKED_AT]

@@ -29,6 +29,7 @@ from fedtl.deployment.backbone_transfer import (
     weights_folder,
 )
 from fedtl.deployment.class_table import MAX_CLASSES
+from fedtl.deployment.consent import Consent, use_of
 from fedtl.deployment.keys import check_name
 from fedtl.deployment.pledge import Pledge, check_demands, read_pledge
 from fedtl.deployment.private_data import (
@@ -76,6 +77,7 @@ class PrivateHost:
         tell: takes lines for the client's own terminal; default the log.
         keeps: folder for what the client has of its own from round to round; None for nothing.
         demands: without which it takes no part, see ``pledge.DEMANDS``.
+        consent: what of the data may be read; default whatever a scenario names.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class PrivateHost:
         tell: Callable[[str], None] | None = None,
         keeps: Path | None = None,
         demands: Collection[str] = (),
+        consent: Consent | None = None,
     ) -> None:
+        self._consent = consent or Consent()
         self._keeps, self._demands = keeps, check_demands(demands)
         self.name, self._data = check_name(name), data
         self._tell = tell or logging.getLogger("fedtl").warning
@@ -110,8 +114,9 @@ class PrivateHost:
 
         Raises:
             InputError: another version, another backbone, or data that cannot be used.
-            SecurityRefusal: the key was approved under another name, or what is said of privacy is
-                less than this client demands, or than was said before.
+            SecurityRefusal: the key was approved under another name, what is said of privacy is
+                less than this client demands, or than was said before, or more of the data would
+                be read than its user consents to; none is read then.
         """
         if facts.get("key_name") != self.name:
             raise SecurityRefusal(
@@ -244,6 +249,10 @@ class PrivateHost:
         """Whether the data are here for this session; reads them in the background."""
         if self._reading is None or self._reading[0] != session:
             self._forget()
+            with discreet():
+                use = use_of(self._data, session.scenario.data)
+            for line in self._consent.hold(use):
+                self._tell(line)
             call = partial(load_private, self._data, session.scenario.data)
             self._reading = session, Task(call, "read")
         task = self._reading[1]

@@ -10,7 +10,9 @@ from typing import TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtl.data.table_files import SUFFIXES
 from fedtl.deployment.certificates import WARNING_DAYS, days_left, fingerprint
+from fedtl.deployment.consent import Consent
 from fedtl.deployment.federation import own_facts
 from fedtl.deployment.join import JoinFile, read_join
 from fedtl.deployment.keys import public_of, read_private
@@ -67,13 +69,19 @@ class Preflight:
 
 
 def examine_client(
-    join_path: Path, key_path: Path, data: Path, *, insecure_permissions: bool = False
+    join_path: Path,
+    key_path: Path,
+    data: Path,
+    *,
+    insecure_permissions: bool = False,
+    consent: Consent | None = None,
 ) -> Preflight:
     """Look at everything that a client needs. No image and no label is sent anywhere.
 
     Args:
         key_path: of the private key; its stem is the client's name.
         data: folder or zip, .npz, .csv or .parquet.
+        consent: what of it may be read; default whatever a scenario names.
     """
     flight = Preflight()
     join = flight.look("join file", lambda: read_join(join_path), _shown_join)
@@ -84,8 +92,11 @@ def examine_client(
     )
     if join is not None:
         _server(flight, join, key, key_path.stem)
-    seen = flight.look("data", lambda: first_look(data), lambda seen: seen[0])
+    own = consent or Consent()
+    seen = flight.look("data", lambda: first_look(data, own), lambda seen: seen[0])
     flight.classes = {} if seen is None else seen[1]
+    if seen is not None and (own != Consent() or data.suffix.lower() in SUFFIXES):
+        flight.look("consent", lambda: own.check(data), str)
     flight.findings.append(disk := writable("disk", FeatureStore().root))
     if not disk.ok:
         flight.errors.append(EnvironmentFault(disk.detail))

@@ -30,6 +30,7 @@ from fedtl.data.table_files import SUFFIXES, column_names
 from fedtl.data.tables import load_table
 from fedtl.data.texts import load_texts
 from fedtl.deployment.backbone_transfer import Announcement
+from fedtl.deployment.consent import Consent
 from fedtl.deployment.pledge import Pledge
 from fedtl.errors import InputError, printable
 from fedtl.ready_features import allowed_threads, make_features
@@ -300,8 +301,11 @@ def load_private(path: Path, section: schema.Data | None = None) -> Examples:
     return LOADERS[section.source](section, one_client=True)
 
 
-def first_look(path: Path) -> tuple[str, dict[str, int]]:
+def first_look(path: Path, consent: Consent | None = None) -> tuple[str, dict[str, int]]:
     """What can be said of a client's data before a server says how they are read.
+
+    Args:
+        consent: of a table whose user said what may be read, no value is.
 
     Returns:
         One line, and examples by class; none where only the scenario knows what a column is.
@@ -310,7 +314,8 @@ def first_look(path: Path) -> tuple[str, dict[str, int]]:
         InputError: they can be nothing that any scenario reads.
     """
     table = path.suffix.lower() in SUFFIXES
-    if table and not set(LABELS) & set(names := column_names(path)):
+    named = table and consent not in (None, Consent())
+    if table and (not set(LABELS) & set(names := column_names(path)) or named):
         return f"a table of {len(names)} columns; the scenario says which is what", {}
     try:
         examples = load_private(path)

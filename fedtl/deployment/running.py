@@ -34,7 +34,7 @@ from fedtl.scenario.schema import Scenario
 from fedtl.strategies import make_strategy, notes_of, protected
 from fedtl.terminal import Terminal
 from fedtl.transfer.backbones import Backbone, open_backbone
-from fedtl.transfer.tails import first_head, open_network
+from fedtl.transfer.tails import first_head, open_network, trunk_section
 from fedtl.transfer.zero_shot import with_names
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _carry_on(
     # Each client computes on what it has; the scenario's device is a simulation's.
     own = scenario.engine.model_copy(update={"device": "auto"})
     scenario = scenario.model_copy(update={"engine": own})
-    backbone = open_backbone(scenario.backbone, scenario.seed)
+    backbone = open_backbone(trunk_section(scenario.backbone, scenario.transfer), scenario.seed)
     party = _read_party(folder.path)
     if (left := deployment.federation.certificate_days()) < WARNING_DAYS:
         terminal.noted(

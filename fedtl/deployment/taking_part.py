@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedtl.build import resolve_device
 from fedtl.deployment.audit import AuditLog, verify
 from fedtl.deployment.certificates import fingerprint
 from fedtl.deployment.client import Client, serve_node
+from fedtl.deployment.consent import Consent
 from fedtl.deployment.host import PrivateHost
 from fedtl.deployment.join import JoinFile, read_join
 from fedtl.deployment.keys import PRIVATE, check_name, public_of, read_private
@@ -56,11 +58,13 @@ def take_part(
     *,
     insecure_permissions: bool = False,
     demands: Sequence[str] = (),
+    consent: Consent | None = None,
 ) -> None:
     """Answer the server's requests with the data at ``data`` until interrupted.
 
     Args:
         demands: without which this client takes no part, see ``pledge.DEMANDS``.
+        consent: what of the data may be read; default whatever a scenario names.
         folder: holds ``<name>.key``; gets the audit log and the SuperNode's log.
         console: prints for the user.
 
@@ -72,7 +76,9 @@ def take_part(
     key_path = folder / (check_name(name) + PRIVATE)
     key = read_private(key_path, insecure_permissions=insecure_permissions)
     device = _device(device)
-    seen, _ = first_look(data)
+    consent = consent or Consent()
+    seen, _ = first_look(data, consent)
+    agreed = consent.check(data)
     audit_path = folder / (name + AUDIT)
 
     def tell(line: str) -> None:
@@ -81,6 +87,8 @@ def take_part(
     with closing(AuditLog(audit_path, **_facts(join, name))) as log:
         tell(f"{name}  {public_of(key).fingerprint}")
         tell(seen)
+        if agreed:
+            tell(f"consent: {agreed}")
         authority = fingerprint(join.certificate())
         tell_all = LEAVES.format(address=join.address, audit=audit_path, authority=authority)
         for line in tell_all.splitlines():
@@ -88,18 +96,17 @@ def take_part(
         if log.torn:
             tell("the last line of the audit log was torn by a crash; that is noted in it")
 
-        def audit(sent: Sent) -> None:
-            log.sent(sent)
-            if sent.facts.get("ready") is False:  # how far the features are, again and again
-                return
-            shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in sent.shapes.items())
-            where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
-            where += ", under masks" if sent.facts.get(MASKED) else ""
-            tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")
-
         own = folder / (name + OWN)
         with closing(
-            PrivateHost(name, data, device=device, tell=tell, keeps=own, demands=demands)
+            PrivateHost(
+                name,
+                data,
+                device=device,
+                tell=tell,
+                keeps=own,
+                demands=demands,
+                consent=consent,
+            )
         ) as host:
             node = Node(
                 host,
@@ -107,13 +114,24 @@ def take_part(
                 device=device,
                 public_key=join.signing_key,
                 name=name,
-                audit=audit,
+                audit=partial(_audit, log, tell),
             )
             try:
                 serve_node(Client(name, join, key, key_path, folder, tell), node, interrupts)
             finally:
                 log.note("closed")
                 tell(f"the audit log's last hash is {verify(audit_path).head}")
+
+
+def _audit(log: AuditLog, tell: Callable[[str], None], sent: Sent) -> None:
+    """An answer is in the log, and its user hears of it, before it leaves."""
+    log.sent(sent)
+    if sent.facts.get("ready") is False:  # how far the features are, again and again
+        return
+    shapes = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in sent.shapes.items())
+    where = f"round {sent.round}, {sent.kind}" if sent.round else sent.kind
+    where += ", under masks" if sent.facts.get(MASKED) else ""
+    tell(f"{where}: {size(sent.num_bytes)} leave{': ' if shapes else ''}{shapes}")
 
 
 def _facts(join: JoinFile, name: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from fedtl.errors import EnvironmentFault
 from fedtl.scenario.schema import Scenario
 from fedtl.strategies import tasks_of
 from fedtl.transfer.backbones import Backbone
+from fedtl.transfer.tails import trunk_section
 
 
 def make_terms(
@@ -22,7 +23,7 @@ def make_terms(
 
     Args:
         scenario: the server's; no path of it is told.
-        backbone: the scenario's, opened.
+        backbone: the scenario's whole trunk, opened; see ``tails.trunk_section``.
         settled: of privacy, what is known once everybody has gathered, see ``pledge``.
     """
     return {
@@ -37,7 +38,7 @@ def make_terms(
         "min_examples": scenario.clients.min_examples,
         "tasks": tasks_of(scenario),
         "adaptation": {name: getattr(scenario.adaptation, name) for name in ("input", "features")},
-        "backbone": announce(backbone, scenario.backbone),
+        "backbone": announce(backbone, trunk_section(scenario.backbone, scenario.transfer)),
         "transfer": scenario.transfer.model_dump(),
         "versions": machine.versions(),
         **pledge_facts(scenario, settled),

@@ -18,21 +18,16 @@ from fedtl.clients.blocks import run_blocks
 from fedtl.clients.networks import JUDGED, JUDGED_THROUGH, network, scores
 from fedtl.data.sources import load_examples
 from fedtl.errors import InputError
+from fedtl.modules.trunk_of import seed_of
 from fedtl.ready_features import ReadyFeatures, allowed_threads, make_features
 from fedtl.results.files import write_atomic
 from fedtl.results.module_card import Card, read_module
-from fedtl.results.runs import SCENARIO
-from fedtl.scenario.load import load_scenario, validate
+from fedtl.scenario.load import validate
 from fedtl.scenario.schema import Scenario
 from fedtl.transfer.backbones import Backbone, open_backbone
 from fedtl.transfer.heads import initial_head
 from fedtl.transfer.tails import initial_tensors, open_network
 from fedtl.types import Float32, Head, Int64, Tail
-
-CODE = ("module", "hub")
-"""Backbones that run code of the user's; neither a card nor a scenario beside it may name them."""
-
-FOLDER_TAKES = {"images": "folder", "texts": "texts", "rows": "arrays"}
 
 
 @dataclass(frozen=True)
@@ -65,46 +60,6 @@ class Application:
     rows: Int64
     groups: Sequence[str]
     features: ReadyFeatures
-
-
-def scenario_of(card: Card, data: Path) -> Scenario:
-    """A scenario with the module's own backbone and all of ``data`` as one client's.
-
-    The backbone is that of the run the file lies in, else the one its card names; neither may be
-    code, since both may have come from elsewhere.
-
-    Raises:
-        InputError: the card names code, or a path that is not on this machine.
-        ScenarioError: what the card says is no scenario.
-    """
-    beside = card.path.parent / SCENARIO
-    if beside.is_file():
-        backbone = load_scenario(str(beside)).backbone.model_dump(mode="json", exclude_none=True)
-    else:
-        sections = card.part("sections")
-        own = sections.get("backbone") if isinstance(sections, dict) else None
-        if not isinstance(own, dict):
-            raise card.damaged("its card names no backbone")
-        backbone = {key: value for key, value in own.items() if value is not None}
-    if backbone.get("name") in CODE:  # beside it too: who sends a folder sends both
-        raise InputError(
-            "this module's trunk is code of whoever trained it, and a card cannot bring code",
-            where=card.path,
-            got=repr(backbone.get("name")),
-            do="Write a scenario with that backbone and give it with --to",
-        )
-    suffix = {".npz": "arrays", ".csv": "table", ".parquet": "table", ".zip": "folder"}
-    source = suffix.get(data.suffix.lower(), FOLDER_TAKES["images"])
-    if backbone.get("name") == "hf":
-        source = "texts"
-    raw = {
-        "name": "module",
-        "seed": _seed(card),
-        "data": {"source": source, "path": str(data.resolve())},
-        "clients": {"num": 1, "min_examples": 2},
-        "backbone": backbone,
-    }
-    return validate(raw, str(card.path), {})
 
 
 def apply_modules(
@@ -178,15 +133,8 @@ def _sections(card: Card) -> Scenario:
         if isinstance(sections.get(name), dict)
     }
     kept.get("head", {}).pop("initial", None)  # where training began is no part of the module
-    raw = {"name": "module", "seed": _seed(card), **kept}
+    raw = {"name": "module", "seed": seed_of(card), **kept}
     return validate(raw, str(card.path), {})
-
-
-def _seed(card: Card) -> int:
-    text = card.facts["seed"]
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise card.damaged("its card's 'seed' is no number")
-    return int(text)
 
 
 def _dumped(scenario: Scenario) -> dict[str, Any]:

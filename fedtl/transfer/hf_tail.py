@@ -65,9 +65,11 @@ class TextFront(nn.Module):
             mask = real.unsqueeze(-1).to(states.dtype)
             kept = torch.cat([states * mask, mask], dim=-1)
         empty = float(PADDING) if self.body is None else 0.0
-        # not len(kept): sizes are symbols while ONNX traces
-        filler = kept.new_full((kept.shape[0], self.places - kept.shape[1], self.width), empty)
-        return torch.cat([kept, filler], dim=1).reshape(-1, self.places * self.width)
+        # more than is missing, cut off again: sizes are symbols while exporters trace, and they
+        # would not know whether something is missing at all
+        filler = kept.new_full((kept.shape[0], self.places, self.width), empty)
+        filled = torch.cat([kept, filler], dim=1)[:, : self.places]
+        return filled.reshape(-1, self.places * self.width)
 
 
 class TextTail(nn.Module):

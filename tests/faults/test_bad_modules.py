@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+PLAIN = {"name": "mobilenet_v2", "weights": "none"}
 CARD = {
     "format": "fedtl-module 1", "fedtl": "0", "scenario_hash": "0" * 64,
     "backbone": "mobilenet_v2", "backbone_sha256": "ab" * 32, "cut": "avgpool", "kind": "linear",
     "mode": "head", "classes": "a\nb", "seed": "1",
-    "sections": json.dumps({"backbone": {"name": "mobilenet_v2"}, "transfer": {}, "head": {}}),
+    "sections": json.dumps({"backbone": PLAIN}),
     "preprocessing": "{}", "settings": "{}", "trained_on": "{}", "measured": "{}",
     "aligned": "none", "whole": "yes",
 }  # fmt: skip
@@ -71,7 +72,7 @@ def test_other_trunk_and_other_classes(fedtl, small: Path, tmp_path: Path) -> No
     [
         ({"sections": "{"}, "damaged"),
         ({"sections": json.dumps({"backbone": {"name": "hub", "path": "/x"}})}, "bring code"),
-        ({"sections": json.dumps({"backbone": {"name": "x"}, "transfer": {"mode": "y"}})}, "mode"),
+        ({"sections": json.dumps({"backbone": PLAIN, "transfer": {"mode": "y"}})}, "mode"),
         ({"seed": "-1"}, "seed"),
         ({"seed": "9" * 40}, "seed"),
         ({"settings": "[" * 100_000}, "damaged"),
@@ -96,10 +97,17 @@ def test_text_from_outside_is_shown_as_it_is_and_bounded(fedtl, tmp_path: Path) 
         assert len(done.stdout) < 6000
 
 
-@pytest.mark.parametrize("given", [[], ["--to", "small.toml", "--data", "."]])
-def test_on_which_data(fedtl, small: Path, given: list[str]) -> None:
-    (small.parent / "m.safetensors").write_bytes(module())
-    refused(fedtl("module", "apply", "m.safetensors", *given), "on which data")
+def test_on_which_data(fedtl, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(module())
+    refused(fedtl("module", "apply", "m.safetensors"), "on which data")
+
+
+def test_a_card_has_nothing_fetched(fedtl, tmp_path: Path) -> None:
+    sections = json.dumps({"backbone": {"name": "mobilenet_v2"}})
+    (tmp_path / "m.safetensors").write_bytes(module(sections=sections))
+    done = fedtl("module", "apply", "m.safetensors", "--data", ".")
+    command = "fedtl module apply m.safetensors --to SCENARIO --data ."
+    refused(done, "would have to be fetched", "'mobilenet_v2', weights 'default'", command)
 
 
 def test_a_folder_of_anything(fedtl, tmp_path: Path) -> None:

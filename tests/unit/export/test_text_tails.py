@@ -43,7 +43,8 @@ def opened(folder: Path, activations: str) -> Model:
 def test_texts_of_any_length(folder: Path, activations: str) -> None:
     model = opened(folder, activations)
     trunk = open_network(model.scenario.backbone, type(model.scenario.transfer)(), 0)[0].trunk()
-    runs = [make(model, to)[1] for to in ("onnx", "safetensors")]
+    formats = ["onnx", "safetensors", *(["torch"] if activations == "store" else [])]
+    runs = [make(model, to)[1] for to in formats]
     for length in (2, 9, TOKENS):
         given = _tokens(length, model.tokens or length)
         masked = np.where(given["attention_mask"] > 0, given["input_ids"], -1)

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from fedtl.errors import InputError
 from fedtl.interrupts import Interrupts
 from fedtl.modules import applying, find_module, list_modules
-from fedtl.modules.applying import apply_modules, facts_of, scenario_of, write_predictions
+from fedtl.modules.applying import apply_modules, facts_of, write_predictions
+from fedtl.modules.trunk_of import comes_along, given_trunk, next_step, scenario_of
 from fedtl.parity import Quiet
 from fedtl.results.module_card import FORMAT, HEAD, read_card
 from fedtl.scenario.load import dump_scenario, validate
@@ -205,6 +206,65 @@ def test_a_scenario_that_came_with_it_brings_no_code(runs, tmp_path) -> None:
     (tmp_path / "scenario.toml").write_text(dump_scenario(strange))
     with pytest.raises(InputError, match="cannot bring code"):
         scenario_of(read_card(path), runs["data"])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "plain"),
+    [
+        ({}, True),
+        ({"name": "efficientnet_lite0", "weights": "default"}, True),
+        ({"name": "efficientnet_lite0", "weights": "/home/me/other.pth"}, False),
+        ({"name": "hf"}, True),
+        ({"name": "hf", "weights": "somebody/model"}, False),
+        ({"name": "hf", "weights": "/etc"}, False),
+        ({"name": "identity"}, True),
+        ({"name": "fourier"}, True),
+        ({"name": "forest", "weights": "none"}, False),  # its public set is a file
+        ({"name": "mobilenet_v2"}, False),
+        ({"name": "mobilenet_v2", "weights": "none"}, True),
+        ({"name": "timm", "model": "hf-hub:a/b", "weights": "none"}, False),
+        ({"name": "onnx", "weights": "/x.onnx"}, False),
+        ({"name": "hub", "weights": "none"}, False),
+        ({"name": "module", "weights": "none"}, False),
+    ],
+)
+def test_what_needs_no_network_no_file_and_no_code(backbone: dict[str, Any], plain: bool) -> None:
+    assert comes_along(backbone) is plain
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_trunk_from_elsewhere_is_the_users_to_name(runs, tmp_path, monkeypatch, beside) -> None:
+    """Neither a card nor the scenario that came with it has a model fetched."""
+    from fedtl.transfer import hf_trunk
+
+    monkeypatch.setattr(hf_trunk, "fetch", lambda name: pytest.fail(f"{name} was fetched"))
+    far = {"name": "hf", "weights": "somebody/model"}
+    path = rewritten(runs, tmp_path, lambda f, t: f.update(sections=_sections(backbone=far)))
+    strange = """name = "x"
+    data = { source = "texts", path = "x.csv" }
+    backbone = { name = "hf", weights = "somebody/model" }"""
+    if beside:
+        (tmp_path / "scenario.toml").write_text(strange)
+    card, data = read_card(path), runs["data"]
+    with pytest.raises(InputError, match="would have to be fetched") as caught:
+        scenario_of(card, data)
+    to = str(tmp_path) if beside else "SCENARIO"
+    typed = f"fedtl module apply {path} --to {to} --data"
+    assert f"type '{typed} {data}'" in caught.value.line()
+    assert next_step(card, "FOLDER") == f"{typed} FOLDER"
+    if beside:
+        given = given_trunk(to).backbone
+        assert scenario_of(card, data, given).backbone.weights == "somebody/model"
+
+
+def test_the_users_own_trunk_over_other_data(runs) -> None:
+    """--to RUN --data PATH is what --data PATH gives where the trunk comes along."""
+    path = runs["fedit"][0]
+    card = find_module(str(path))
+    assert given_trunk(str(path)) == runs["fedit"][1]
+    own = scenario_of(card, runs["data"], given_trunk(str(path), ("seed=9",)).backbone)
+    assert own == scenario_of(card, runs["data"])
+    assert next_step(card, "a b") == f"fedtl module apply {card.path} --data 'a b'"
 
 
 def test_modules_are_found(runs, tmp_path) -> None:

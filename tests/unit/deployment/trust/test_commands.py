@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -174,3 +175,18 @@ def test_each_kind_of_run_is_resumed_by_its_own_command(fedtl, small: Path, tmp_
         wrong = fedtl(*arguments)
         assert wrong.returncode == 2
         assert f"Type 'fedtl server resume {run}'" in wrong.stderr
+
+
+def test_consent_is_checked_and_passed_on(fedtl, ready: Path) -> None:
+    (ready / "mine.csv").write_text("age,sex,ill\n" + "1,0,1\n2,1,0\n" * 5)
+    check = (*CHECK[:-1], "mine.csv", "--label", "ill")
+    done = fedtl(*check, "--columns", "age,sex")
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = " ".join(done.stdout.split())
+    assert "column 'ill' as the class, and besides columns 'age', 'sex'; else" in words
+    assert "--data mine.csv --label ill --columns age,sex" in words
+    typed = shlex.split(words.partition("Next: fedtl ")[2])
+    typed[-1] = "age,sec"
+    wrong = fedtl(*typed)
+    assert wrong.returncode == 2
+    assert "Did you mean 'sex'?" in " ".join(wrong.stderr.split())
