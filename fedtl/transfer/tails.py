@@ -54,16 +54,22 @@ def open_network(
         InputError: unknown model or weights, no such cut, or a network that cannot be cut.
         SecurityRefusal: the weights file has not the stated hash.
     """
-    if transfer.mode == "scratch":
-        section = section.model_copy(update={"weights": "none", "sha256": None})
-    backbone = open_backbone(section, seed)
+    backbone = open_backbone(trunk_section(section, transfer), seed)
     cut = transfer.cut
     if cut is None:
         cut = "input" if transfer.mode in WHOLE else 1
     if transfer.mode == "head" or cut == 0:
         return backbone, None
-    _refuse_uncut(backbone, transfer.mode)
+    _refuse_uncut(backbone, "transfer.mode", transfer.mode)
     return _cut(backbone, transfer, cut, seed, section.feature_dtype, examples)
+
+
+def trunk_section(section: schema.Backbone, transfer: schema.Transfer) -> schema.Backbone:
+    """The scenario's ``[backbone]`` as the whole trunk is opened: from scratch, nobody needs (or is
+    sent) pretrained weights."""
+    if transfer.mode != "scratch":
+        return section
+    return section.model_copy(update={"weights": "none", "sha256": None})
 
 
 def before_training(scenario: schema.Scenario) -> schema.Scenario:
@@ -71,15 +77,23 @@ def before_training(scenario: schema.Scenario) -> schema.Scenario:
     return scenario.model_copy(update={"transfer": schema.Transfer()})
 
 
-def _refuse_uncut(backbone: Backbone, mode: str) -> None:
-    if not backbone.skeleton:
-        raise InputError(
-            f"{backbone.name} cannot be cut: only its output is known",
-            where="transfer.mode",
-            got=repr(mode),
-            allowed='"head"',
-            do='Set transfer.mode = "head", or use a backbone that comes as torch modules',
-        )
+def _refuse_uncut(backbone: Backbone, where: str, got: str) -> None:
+    if backbone.skeleton:
+        return
+    of_rows = backbone.takes == "rows"
+    raise InputError(
+        f"{backbone.name} cannot be cut: "
+        + ("it has no layers to be trained" if of_rows else "only its output is known"),
+        where=where,
+        got=repr(got),
+        allowed='"head"' if where == "transfer.mode" else None,
+        do='Keep transfer.mode = "head"'
+        + (
+            '; head.kind = "mlp" trains more than one layer'
+            if of_rows
+            else ", or use a network that comes as torch modules"
+        ),
+    )
 
 
 def blocks_before(section: schema.Backbone, seed: int) -> list[CutPoint]:
@@ -93,7 +107,7 @@ def blocks_before(section: schema.Backbone, seed: int) -> list[CutPoint]:
     from fedtl.transfer import cuts
 
     backbone = open_backbone(section, seed)
-    _refuse_uncut(backbone, "head")
+    _refuse_uncut(backbone, "backbone.name", section.name)
     if backbone.takes == "texts":
         from fedtl.transfer.hf_tail import text_points
 

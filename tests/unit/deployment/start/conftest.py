@@ -20,6 +20,7 @@ from fedtl.engines.exchange import LocalExchange
 from fedtl.engines.node import Node
 from fedtl.scenario.schema import Scenario
 from fedtl.transfer.backbones import open_backbone
+from fedtl.transfer.tails import trunk_section
 
 KEY = bytes(range(32))
 
@@ -162,7 +163,9 @@ class Site:
         settings: dict[str, Any] = {
             "exchange": self.exchange,
             "scenario": self.scenario,
-            "backbone": open_backbone(self.scenario.backbone, self.scenario.seed),
+            "backbone": open_backbone(
+                trunk_section(self.scenario.backbone, self.scenario.transfer), self.scenario.seed
+            ),
             "approved": lambda: sorted(set(self.names.values())),
             "data_key": KEY,
             "quorum": 1,

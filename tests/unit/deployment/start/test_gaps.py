@@ -115,7 +115,7 @@ def test_a_lone_example_is_told(gathered: tuple[Any, FlowerEngine]) -> None:
     collected = collect_statistics(engine, engine.roster, site.scenario)
     collected.sums[1]["counts"][0] = 1  # type: ignore[index]
     facts = gap_facts(site.scenario, open_data(site.scenario).backbone, engine.roster, collected)
-    assert any("1 times a client has one example" in note for note in facts["notes"])
+    assert any("once a client has one example" in note for note in facts["notes"])
 
 
 def test_without_a_federation_there_is_nobody_to_ask(
