@@ -104,7 +104,7 @@ class Run:
         return load_file(path)
 
     def plot_learning_curves(self) -> Figure:
-        """Accuracy over the rounds, with the pooled optimum and the clients alone."""
+        """Accuracy over the rounds, with the pooled head and the clients alone."""
         from fedtl.results import plots
 
         return plots.learning_curves(self.tables)

@@ -131,6 +131,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def times(count: int) -> str:
+    """How often, in words: once, 2 times."""
+    return "once" if count == 1 else f"{count:,} times"
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The name in ``names`` most like ``name``, or None where none is near."""
     lowered = {candidate.lower(): candidate for candidate in names}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtl.doctor import Finding
+from fedtl.results.heads import judged_heads
 from fedtl.terminal import HEADS, percent, plain_table, shown, size
 from fedtl.transfer.features import FeatureStore, StoreEntry
 
@@ -103,12 +104,9 @@ def print_seeds(console: Console, summaries: Sequence[Mapping[str, Any]]) -> Non
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
     console.print(f"\n[bold]Mean over seeds {seeds}[/]")
     table = plain_table("head", "own tests", "deviation", "everybody's", "deviation")
+    judged = [judged_heads(one) for one in summaries]
     for name in HEADS:
-        judged = [
-            {"federated": one["final"], "personal": one["personal"], **one["references"]}
-            for one in summaries
-        ]
-        found = [heads[name] for heads in judged if heads.get(name) is not None]
+        found = [heads[name] for heads in judged if name in heads]
         if len(found) == len(summaries):
             columns = [[one[metric] for one in found] for metric in METRICS]
             table.add_row(HEADS[name], *(cell for column in columns for cell in _spread(column)))

@@ -13,7 +13,7 @@ from fedtl import conduct
 from fedtl.build import Built, make_federation, open_data
 from fedtl.clients.personal_store import PersonalStore
 from fedtl.conduct import Prepared
-from fedtl.errors import FedtlError, InputError, Interrupted
+from fedtl.errors import FedtlError, InputError, Interrupted, times
 from fedtl.forecast import Forecast, forecast
 from fedtl.interrupts import Interrupts
 from fedtl.judging import Judging
@@ -136,8 +136,8 @@ def _prepare(opened: OpenedData, built: Built, store: PersonalStore) -> Prepared
     notes += _alone_in_class(built)
     if leaks.train_test or leaks.between_clients:
         notes.append(
-            f"the same content is in train and test {leaks.train_test} times and at two clients "
-            f"{leaks.between_clients} times; allowed here"
+            f"the same content is in train and test {times(leaks.train_test)} and at two clients "
+            f"{times(leaks.between_clients)}; allowed here"
         )
     return Prepared(
         federation=federation,
@@ -177,6 +177,6 @@ def _alone_in_class(built: Built) -> list[str]:
     if not lone:
         return []
     return [
-        f"{lone} times a client has one example of a class: the sum of that class's features, "
+        f"{times(lone)} a client has one example of a class: the sum of that class's features, "
         "which it sends, is that example's features themselves"
     ]

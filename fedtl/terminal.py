@@ -25,6 +25,7 @@ from fedtl.evaluation.verdicts import Verdict
 from fedtl.forecast import Forecast, called, cut_words, seen_words
 from fedtl.privacy_card import privacy_lines, privacy_words
 from fedtl.ready_features import OpenedData
+from fedtl.results.heads import judged_heads
 from fedtl.scenario.compatibility import CLOSED_FORMS
 from fedtl.scenario.schema import Scenario
 from fedtl.scenario.strategies import Flower
@@ -153,7 +154,8 @@ def strategy_words(scenario: Scenario, plan: Forecast) -> str:
         return f"{name}, each client sums statistics once"
     if plan.task == "gradient":
         return f"{name}, up to {plan.rounds} rounds of one gradient"
-    first = "fed3r first, " if scenario.head.initial == "fed3r" else ""
+    head = scenario.head
+    first = f"{head.initial.replace('_', ' ')} first, " if head.from_statistics else ""
     epochs = scenario.training.local_epochs
     return (
         f"{first}{name}, {plan.rounds} round{'s' * (plan.rounds != 1)} of {epochs} local "
@@ -349,9 +351,7 @@ HEADS = {
 def comparison_table(summary: Mapping[str, Any]) -> Table:
     """Federated beside its references, each judged at home and on everybody's examples."""
     table = plain_table("head", "own tests", "everybody's", "worst 10 %", "spread")
-    own = {"personal": summary["personal"]} if summary.get("personal") else {}
-    shared = {} if own and own["personal"] == summary["final"] else {"federated": summary["final"]}
-    heads = {**shared, **own, **summary["references"]}
+    heads = judged_heads(summary)
     for name, facts in sorted(heads.items(), key=lambda one: [*HEADS].index(one[0])):
         table.add_row(
             HEADS[name],

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fedtl.errors import printable
 from fedtl.results.gaps import to_the_rest
-from fedtl.results.report import HEAD_WORDS, client_frame, heads
+from fedtl.results.report import client_frame, heads
 from fedtl.results.tables import FEDERATED, RunTables
 
 COLOURS = {
@@ -107,7 +107,7 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def learning_curves(run: RunTables) -> Figure:
     """Accuracy on the clients' own tests over the rounds: mean, worst tenth, band over clients.
 
-    Lines across: the pooled optimum, and the mean of the clients alone, where they are known.
+    Lines across: the pooled head, and the mean of the clients alone, where they are known.
     """
     figure, axes = _one(4.6, 4.0)
     curves, rounds = run.curves, run.rounds
@@ -128,7 +128,7 @@ def learning_curves(run: RunTables) -> Figure:
     for row in heads(run):
         if row["head"] in ("local_only", "centralised"):
             colour = COLOURS["alone" if row["head"] == "local_only" else "pooled"]
-            words = "alone" if row["head"] == "local_only" else "pooled optimum"
+            words = "alone" if row["head"] == "local_only" else "pooled"
             style = (0, (1, 1.5)) if row["head"] == "centralised" else "-"
             axes.axhline(row["mean"], color=colour, lw=1.4, ls=style, label=f"{words}, mean")
     _accuracy_axis(axes.yaxis)
@@ -172,7 +172,7 @@ def _panel(axes: Axes, run: RunTables, rows: Sequence[Mapping[str, Any]], place:
         if len(each) <= 200 and np.nanmin(each) < np.nanmax(each):
             axes.plot(each, i + rng, ".", ms=3.5, color=colour, alpha=0.7, mew=0)
         axes.text(1.02, i, f"{100 * value:.1f} %", va="center", fontsize=10)
-    axes.set_yticks(range(len(rows)), [HEAD_WORDS[row["head"]][0] for row in rows])
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     for label in axes.get_yticklabels():
         label.set_color(COLOURS["ink"])
     axes.set_xlim(0, 1.2)

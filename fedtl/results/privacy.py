@@ -11,6 +11,7 @@ from fedtl.results.provenance import bytes_text
 from fedtl.results.report import percent, points
 from fedtl.results.tables import FEDERATED, RunTables, accuracy_of, number
 from fedtl.scenario.compatibility import CLOSED_FORMS
+from fedtl.scenario.transfer import FROM_STATISTICS
 
 SENT = {
     "statistics": "sums over its examples' features, class by class (how many, their sum, and for "
@@ -91,7 +92,7 @@ def _sent(run: RunTables, told: Mapping[str, Any]) -> list[str]:
     sent = [SENT_BEHIND if task == "train" and _behind_the_cut(run) else SENT[task]]
     if task == "train" and _tells_loss(told):
         sent.append("the mean loss of that training")
-    if run.scenario.get("head", {}).get("initial") == "fed3r":
+    if run.scenario.get("head", {}).get("initial") in FROM_STATISTICS:
         sent.append("in the first round, sums of its features")
     if told.get("noise_at") == "clients":
         sent.append(

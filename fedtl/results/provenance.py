@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtl.errors import times
 from fedtl.results.tables import RunTables, number
 from fedtl.scenario.schema import PATHS
 
@@ -90,11 +91,11 @@ def warnings(run: RunTables) -> list[str]:
         found.append(f"{data['excluded_clients']} clients had too few examples and were left out.")
     if data.get("leaks_train_test"):
         found.append(
-            f"The same example is in training and test data {_times(data['leaks_train_test'])}: "
+            f"The same example is in training and test data {times(data['leaks_train_test'])}: "
             "accuracies are too good."
         )
     if data.get("leaks_between_clients"):
-        found.append(f"The same example is at two clients {_times(data['leaks_between_clients'])}.")
+        found.append(f"The same example is at two clients {times(data['leaks_between_clients'])}.")
     abandoned = int(run.rounds["abandoned"].fillna(False).astype(bool).sum())
     if abandoned:
         found.append(f"{abandoned} rounds had too few answers; the model stayed as it was.")
@@ -119,10 +120,6 @@ def warnings(run: RunTables) -> list[str]:
             "rough."
         )
     return found
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times"
 
 
 def reproduce(run: RunTables) -> dict[str, Any]:

@@ -30,6 +30,17 @@ HEAD_WORDS = {
 }
 """Each head's name on the page and what it is, in the order they are shown."""
 
+PARTLY_SHARED = (
+    "Shared in part",
+    "each client's own model: a part is trained by all together, the rest stays at home",
+)
+"""In place of the shared one's words where clients keep a part of the head."""
+
+NO_SHARED_MODEL = (
+    "Each client keeps a part of its model at home, so there is no one model for all: what is "
+    "called shared here are the clients' models with the part that all trained together."
+)
+
 CELLS_MOST = 4000
 """Cells of the table of who has what; a larger one is summed by domain."""
 
@@ -115,6 +126,8 @@ def heads(run: RunTables) -> list[dict[str, Any]]:
     for head, (title, what) in HEAD_WORDS.items():
         if head not in run.heads:
             continue
+        if head == FEDERATED and run.partly_shared:
+            title, what = PARTLY_SHARED
         column = accuracy_of(head)
         own = run.own.loc[run.own[column].notna() & (run.own["examples"] > 0)]
         accuracy, sizes = own[column].to_numpy(float), own["examples"].to_numpy(int)
@@ -142,7 +155,7 @@ def _float(value: float | None) -> float:
 
 
 def at_home_and_everywhere(run: RunTables) -> dict[str, Any]:
-    """Three sentences: at home, everywhere, and what tuning wins back; and whether they disagree.
+    """Sentences: at home, everywhere, and what tuning wins back; and whether they disagree.
 
     All over the clients for whom every one of these heads was judged.
     """
@@ -158,6 +171,7 @@ def at_home_and_everywhere(run: RunTables) -> dict[str, Any]:
     shared, alone = "federated", "alone"
     gains = home[shared] - home[alone], far[shared] - far[alone]
     sentences = [
+        *([NO_SHARED_MODEL] if run.partly_shared else []),
         f"At home, on each client's own test cases, the shared model is right on "
         f"{percent(home[shared])} and the clients' own models on {percent(home[alone])}: "
         f"{points(gains[0])} percentage points for the shared one.",
@@ -168,6 +182,8 @@ def at_home_and_everywhere(run: RunTables) -> dict[str, Any]:
         f"{percent(far[shared])} and a client's own model, on average, on "
         f"{percent(far[alone])}: {points(gains[1])} points for the shared one.",
         "What tuning the shared model at home would win back was not measured."
+        if tuned is None and not run.partly_shared
+        else "There is no model of all to be tuned at home besides."
         if tuned is None
         else f"Tuned at home, the shared model is right on {percent(home['tuned'])} of a client's "
         f"own cases: {points(home['tuned'] - home[shared])} points against the shared model as it "

@@ -24,6 +24,7 @@ from fedtl.errors import InputError
 from fedtl.results import audit_file
 from fedtl.results.commits import read_commit
 from fedtl.results.gap_file import is_whole
+from fedtl.results.heads import partly_shared
 from fedtl.results.records import BESIDE, CLASSES, CLIENTS, ROUNDS
 from fedtl.results.runs import PARTY, SCENARIO, SUMMARY
 from fedtl.scenario.schema import Scenario, Verdict
@@ -102,9 +103,15 @@ class RunTables:
         return self.summary is None
 
     @property
+    def partly_shared(self) -> bool:
+        """Whether clients keep a part of the head: the federated one is then each client's own."""
+        return partly_shared(self.summary or {})
+
+    @property
     def heads(self) -> tuple[str, ...]:
-        """The heads that were judged, the federated one first."""
-        return tuple(head for head in HEADS if self.own[accuracy_of(head)].notna().any())
+        """The heads that were judged, the federated one first; none stands under two names."""
+        names = [head for head in HEADS if not (head == "personal" and self.partly_shared)]
+        return tuple(head for head in names if self.own[accuracy_of(head)].notna().any())
 
     @cached_property
     def curves(self) -> pd.DataFrame:

@@ -104,14 +104,15 @@ def chosen(found: Mapping[str, str], targets: Sequence[str]) -> dict[str, str]:
     """
     for target in targets:
         if not any(target in name for name in found):
-            ends = {part for name in found for part in (name, name.rpartition(".")[2])}
-            guess = nearest(target, ends)
+            parts = [part for name in found for part in name.split(".") if not part.isdigit()]
+            guess = nearest(target, [*found, *parts])
+            known = f"Parts of these names: {', '.join([*dict.fromkeys(parts)][:12])}"
             raise InputError(
                 "no layer behind the cut has this in its name",
                 where="transfer.targets",
                 got=repr(target),
                 allowed=", ".join(list(found)[-12:]) or "nothing: there is no such layer",
-                do=f"Did you mean {guess!r}?" if guess else None,
+                do=f"Did you mean {guess!r}?" if guess else known if found else None,
             )
     return {n: w for n, w in found.items() if not targets or any(t in n for t in targets)}
 

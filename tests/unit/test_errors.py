@@ -43,3 +43,9 @@ def test_nearest_name() -> None:
     assert (
         "Did you mean 'resnet18'?" in errors.unknown_name("model", "resnet81", ["resnet18"]).line()
     )
+
+
+def test_how_often() -> None:
+    assert [errors.times(count) for count in (0, 1, 2, 1200)] == [
+        "0 times", "once", "2 times", "1,200 times",
+    ]  # fmt: skip

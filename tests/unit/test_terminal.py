@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+from rich.console import Console
+
+from fedtl.listings import print_seeds
 from fedtl.privacy_card import privacy_lines, privacy_words
 from fedtl.scenario.schema import Scenario
-from fedtl.terminal import next_commands
+from fedtl.terminal import HEADS, comparison_table, next_commands
 
 
 def scenario(**privacy: object) -> Scenario:
@@ -42,3 +47,21 @@ def test_arithmetic_alone_is_no_mask() -> None:
         {"privacy": {"unit": None, "secure_aggregation": {**sums, "protocol": "secagg"}}}
     )
     assert "under masks" in line
+
+
+def told(kept: bool, seed: int) -> dict[str, Any]:
+    """A summary; where clients keep a part of the head its final figures are the clients' own."""
+    final = {"accuracy": 0.5, "accuracy_everyone": 0.4, "worst_decile_accuracy": 0.1, "spread": 0.2}
+    own = final if kept else {**final, "accuracy": 0.6}
+    return {"seed": seed, "final": dict(final), "personal": own, "references": {"start": final}}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_no_head_is_shown_under_two_names(kept: bool) -> None:
+    console = Console(record=True, width=120)
+    print_seeds(console, [told(kept, 1), told(kept, 2)])
+    console.print(comparison_table(told(kept, 1)))
+    shown = console.export_text()
+    assert shown.count("\nfederated ") == (0 if kept else 2)
+    for name in ("personal", "start"):
+        assert shown.count(f"\n{HEADS[name]} ") == 2

@@ -99,3 +99,10 @@ def test_the_callers_style_stays(made: Path) -> None:
 def test_pyplot_is_not_imported() -> None:
     code = "import sys, fedtl.results.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_line_of_the_pooled_head_is_no_optimum(made: Path) -> None:
+    """Behind a cut it is trained by steps; the tables call it pooled as well."""
+    labels = [line.get_label() for line in plots.learning_curves(read_run(made)).axes[0].lines]
+    assert "pooled, mean" in labels
+    assert not any("optimum" in str(label) for label in labels)

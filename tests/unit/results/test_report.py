@@ -374,3 +374,19 @@ def test_bytes_in_words() -> None:
     assert provenance.bytes_text(0) == "0 bytes"
     assert provenance.bytes_text(1536) == "1.5 KiB"
     assert provenance.bytes_text(None) == "undefined"
+
+
+def test_a_model_whose_part_stays_at_home_is_called_that(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    summary = json.loads((made / "summary.json").read_text())
+    kept = {**summary, "personal": summary["final"]}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(kept))
+    titles = [[row["title"] for row in report.heads(read_run(p))] for p in (made, tmp_path / "run")]
+    assert titles[0][:2] == ["Shared", "Personal"]
+    assert titles[1][0] == "Shared in part"
+    assert titles[1][1:] == titles[0][2:]
+    first = [
+        report.at_home_and_everywhere(read_run(path))["sentences"][0]
+        for path in (made, tmp_path / "run")
+    ]
+    assert [sentence == report.NO_SHARED_MODEL for sentence in first] == [False, True]

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedtl.errors import InputError
 from fedtl.transfer.factors import SUM, A, B, layers, stacked, started
-from fedtl.transfer.low_rank import low_rank
+from fedtl.transfer.low_rank import chosen, low_rank
 
 RECIPE: dict[str, Any] = {
     "rank": 2, "alpha": 8.0, "aggregation": "fedit", "targets": [], "seed": 3, "mode": "lora",
@@ -199,3 +199,16 @@ def test_averaged_b_is_exact_where_a_is_everybodys() -> None:
 def test_names_of_factors() -> None:
     names = placed(Images(), aggregation="flora")
     assert all(layer + end in names for layer in layers(names) for end in (A, B, SUM))
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [("querry", "Did you mean 'query'?"), ("conv", "Parts of these names: layer, query, dense")],
+)
+def test_a_target_of_no_layer_is_told_which_there_are(target: str, hint: str) -> None:
+    found = dict.fromkeys(("layer.0.query", "layer.0.dense", "layer.1.query"), "weight")
+    with pytest.raises(InputError, match="no layer behind the cut") as caught:
+        chosen(found, ["dense", target])
+    assert (caught.value.got, caught.value.do) == (repr(target), hint)
+    assert caught.value.allowed == ", ".join(found)
+    assert list(chosen(found, ["query"])) == ["layer.0.query", "layer.1.query"]

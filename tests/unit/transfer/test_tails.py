@@ -24,7 +24,14 @@ from fedtl.strategies.averaging import FedAdam, FedAvg
 from fedtl.strategies.local_norms import LocalNorms, norms_of
 from fedtl.transfer.backbones import open_backbone
 from fedtl.transfer.modes import whole
-from fedtl.transfer.tails import STORED_BYTES, first_head, open_network, open_tail, still_in
+from fedtl.transfer.tails import (
+    STORED_BYTES,
+    blocks_before,
+    first_head,
+    open_network,
+    open_tail,
+    still_in,
+)
 from fedtl.transfer.trunks import hash_state
 from fedtl.types import TAIL, LocalTraining, Population, Rows, Tail
 
@@ -287,3 +294,14 @@ def test_a_head_for_another_cut_is_refused() -> None:
     head.pop(TAIL + tail.recipe["trained"][0])
     with pytest.raises(InputError, match="does not fit the network behind the cut"):
         train_clients(population, head, plan_of(SGD))
+
+
+def test_rows_have_no_network_to_cut() -> None:
+    rows = schema.Backbone(name="fourier", width=8)
+    with pytest.raises(InputError, match="has no layers to be trained") as caught:
+        blocks_before(rows, 3)
+    assert (caught.value.where, caught.value.got) == ("backbone.name", "'fourier'")
+    assert "mlp" in str(caught.value.do)
+    with pytest.raises(InputError, match="has no layers to be trained") as caught:
+        open_network(rows, schema.Transfer(mode="last_blocks"), 3)
+    assert caught.value.where == "transfer.mode"
