@@ -140,6 +140,8 @@ def _assumptions(
         lines.append(
             "every client that was asked is taken to train all its examples in every local epoch"
         )
+        if scenario.transfer.warmup_rounds or scenario.transfer.unfreeze_every:
+            lines.append("what rests behind the cut in a round is counted as if it were trained")
     else:
         lines.append("what sums of statistics or gradients take is not counted")
     if trunk is None:

@@ -150,7 +150,8 @@ class SimulatedNodes:
             time.sleep(0.05)
         raise EnvironmentFault(
             f"only {len(places)} of {num_nodes} simulated nodes joined in {JOIN_SECONDS:g} s",
-            do="Use a smaller engine.num_nodes",
+            do="Type the same again when the machine is less busy"
+            + (", or use a smaller engine.num_nodes" if num_nodes > 1 else ""),
         )
 
     def _connect(self) -> None:

@@ -166,7 +166,9 @@ def test_8_13_16_18_killed_in_mid_fit_lost_acks_flapping_terminated(
     assert 4 not in missed["c"]
     for name in "abc":
         assert server.round() not in missed[name]
-        assert len(missed[name]) < 10, missed
+        # How long a busy machine takes to start a client again is not asked, but how often.
+        away = [number for number in missed[name] if number - 1 not in missed[name]]
+        assert len(away) < 5, missed
     told = [line for line in a.out.splitlines()[lines:] if "round" not in line]
     assert len(told) < 12, told
     compare(server, simulate)

@@ -82,6 +82,12 @@ def test_stored_features_cost_nothing_now_and_say_what_they_cost() -> None:
     assert any("not known" in line for line in unknown["assumptions"])
 
 
+def test_a_warm_up_is_said_to_be_counted_too_dear() -> None:
+    warm = card({"transfer": {"mode": "last_blocks", "warmup_rounds": 2}})
+    assert any("rests behind the cut" in line for line in warm["assumptions"])
+    assert not any("rests behind the cut" in line for line in card()["assumptions"])
+
+
 def test_of_real_clients_only_what_the_server_knows_is_told() -> None:
     found = card(backbone={}, rows=None)
     assert found["passes"]["trunk"] is None
