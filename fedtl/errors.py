@@ -190,11 +190,22 @@ def client_of(name: str, names: Sequence[str], where: object) -> int:
     """The id of the client of this name. Raises InputError where there is none."""
     if name in names:
         return list(names).index(name)
+    raise not_among("no client has this name", name, names, where)
+
+
+def not_among(
+    what: str, name: str, names: Sequence[str], where: object, most: int = 8
+) -> InputError:
+    """The error for a name that a user's own data do not have, with the nearest that they have.
+
+    Args:
+        most: names that are shown, in their order.
+    """
     hint = nearest(name, names)
-    raise InputError(
-        "no client has this name",
+    return InputError(
+        what,
         where=where,
         got=repr(name),
-        allowed=", ".join(names[:8]) + (", ..." if len(names) > 8 else ""),
+        allowed=", ".join(names[:most]) + (", ..." if len(names) > most else ""),
         do=f"Did you mean {hint!r}?" if hint else None,
     )

@@ -17,7 +17,7 @@ from fedtl.data.csv_features import LABELS
 from fedtl.data.table_files import SUFFIXES, column_names
 from fedtl.data.tables import find_roles
 from fedtl.data.texts import find_columns
-from fedtl.errors import InputError, SecurityRefusal, nearest, printable
+from fedtl.errors import InputError, SecurityRefusal, not_among, printable
 from fedtl.scenario.schema import Data
 
 FOLDERS = "folders"
@@ -96,14 +96,7 @@ class Consent:
         names = column_names(path)
         for option, own in (("--label", self.label), *(("--columns", n) for n in self._columns)):
             if own is not None and own not in names:
-                near = nearest(own, names)
-                raise InputError(
-                    "no such column in the data",
-                    where=option,
-                    got=repr(own),
-                    allowed=", ".join(names[:12]) + (", ..." if len(names) > 12 else ""),
-                    do=f"Did you mean {near!r}?" if near else None,
-                )
+                raise not_among("no such column in the data", own, names, option, most=12)
         if self == Consent():
             return "to any column that the scenario names; --label and --columns would limit it"
         label = "any of them" if self.label is None else f"column {self.label!r}"
